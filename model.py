@@ -1,0 +1,175 @@
+"""A LLaMA decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU (Touvron et al. 2023, arXiv 2302.13971).
+
+Parameter names and the rotary layout are those of Hugging Face's LlamaForCausalLM, so a state dict goes over as it is.
+Shapes: B batch, T positions, D model width, H heads, G key-value heads, C channels of a head, V vocabulary.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from config import UserError
+
+# The loss is computed over this many positions at a time, so that the float logits of only these exist at once.
+LOSS_CHUNK = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=1024, chunking_method=None)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    d_model: int = 96  # width of the residual stream
+    n_layers: int = 12  # decoder layers
+    n_heads: int = 12  # query heads; d_model / n_heads channels each
+    n_kv_heads: int = 4  # key-value heads, each shared by n_heads / n_kv_heads query heads
+    d_hidden: int = 0  # width of the MLP; 0: 4 x d_model
+    vocab_size: int = 50304  # rows of the embedding and of the output layer; at least the tokenizer's
+    context: int = 2048  # positions of a training sequence, and the most the model reads
+    rope_theta: float = 10000.0  # base of the rotary frequencies
+    norm_eps: float = 1e-6  # added to the mean square in RMSNorm
+
+    def __post_init__(self):
+        if self.d_hidden == 0:
+            object.__setattr__(self, "d_hidden", 4 * self.d_model)
+        for key in ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_hidden", "vocab_size", "context"):
+            if getattr(self, key) < 1:
+                raise UserError(f"{key} must be at least 1, got {getattr(self, key)}")
+        if self.d_model % (2 * self.n_heads):
+            raise UserError(f"d_model = {self.d_model} must be an even multiple of n_heads = {self.n_heads} (rotary positions turn pairs of channels)")
+        if self.n_heads % self.n_kv_heads:
+            raise UserError(f"n_heads = {self.n_heads} must be a multiple of n_kv_heads = {self.n_kv_heads}")
+        if self.rope_theta <= 0 or self.norm_eps <= 0:
+            raise UserError(f"rope_theta = {self.rope_theta} and norm_eps = {self.norm_eps} must be positive")
+
+
+def rotate(x, cos, sin):
+    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864): channel c is paired with c + C/2. x (B, heads, T, C), cos and sin (T, C)."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.head_dim = cfg.d_model // cfg.n_heads
+        self.q_proj = nn.Linear(cfg.d_model, cfg.n_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(cfg.d_model, cfg.n_kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(cfg.d_model, cfg.n_kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(cfg.n_heads * self.head_dim, cfg.d_model, bias=False)
+
+    def qkv(self, x, cos, sin):
+        """x (B, T, D) -> q (B, H, T, C), k and v (B, G, T, C), with q and k rotated."""
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype), v
+
+    def forward(self, x, cos, sin):
+        q, k, v = self.qkv(x, cos, sin)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # (B, H, T, C)
+        return self.o_proj(y.transpose(1, 2).flatten(-2))  # (B, T, D)
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.gate_proj = nn.Linear(cfg.d_model, cfg.d_hidden, bias=False)
+        self.up_proj = nn.Linear(cfg.d_model, cfg.d_hidden, bias=False)
+        self.down_proj = nn.Linear(cfg.d_hidden, cfg.d_model, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.self_attn = Attention(cfg)
+        self.post_attention_layernorm = nn.RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.mlp = MLP(cfg)
+
+    def forward(self, x, cos, sin):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Backbone(nn.Module):
+    """Everything below the output layer: ids (B, T) -> features (B, T, D), normalised."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.d_model)
+        self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.n_layers))
+        self.norm = nn.RMSNorm(cfg.d_model, cfg.norm_eps)
+        channels = cfg.d_model // cfg.n_heads
+        frequency = cfg.rope_theta ** -(torch.arange(0, channels, 2, dtype=torch.float64) / channels)  # (C / 2,)
+        angle = torch.outer(torch.arange(cfg.context, dtype=torch.float64), frequency).repeat(1, 2)  # (context, C)
+        self.register_buffer("cos", angle.cos().float(), persistent=False)
+        self.register_buffer("sin", angle.sin().float(), persistent=False)
+
+    def positions(self, T):
+        """cos and sin of the first T positions, each (T, C)."""
+        if T > len(self.cos):
+            raise ValueError(f"{T} positions given, the model reads at most context = {len(self.cos)}")
+        return self.cos[:T], self.sin[:T]
+
+    def forward(self, ids):
+        rope = self.positions(ids.shape[1])
+        x = self.embed_tokens(ids)  # (B, T, D)
+        for layer in self.layers:
+            x = layer(x, *rope)
+        return self.norm(x)
+
+
+class Decoder(nn.Module):
+    """The language model. `generator` draws the initial weights (None: the global generator)."""
+
+    def __init__(self, cfg, generator=None):
+        super().__init__()
+        self.cfg = cfg
+        self.model = Backbone(cfg)
+        self.lm_head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
+        self.init_weights(generator)
+
+    def init_weights(self, generator=None):
+        """Normal(0, 0.02), and 0.02 / sqrt(2 L) where a layer writes to the residual stream, as GPT-2; norms at 1."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                nn.init.ones_(parameter)
+            else:
+                writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.cfg.n_layers) if writes else 0.02, generator=generator)
+
+    def hidden(self, ids):
+        """ids (B, T) -> features before the output layer (B, T, D)."""
+        return self.model(ids)
+
+    def forward(self, ids, targets=None):
+        """ids (B, T) -> logits (B, T, V); with targets (B, T), the mean cross-entropy in nats instead."""
+        x = self.hidden(ids)
+        if targets is None:
+            return self.lm_head(x)
+        return F.linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), options=LOSS_CHUNK)
+
+    def flops(self, T):
+        """Multiply-adds x 2 of one token's forward pass in a sequence of T: (below the output layer, in the output layer).
+
+        Counted as is usual for MFU (Chowdhery et al. 2022, arXiv 2204.02311, appendix B): the embedding is a look-up, and
+        attention scores count in full though half of them are masked. A backward pass costs twice the forward.
+        """
+        matrices = sum(p.numel() for p in self.model.layers.parameters() if p.dim() == 2)
+        return 2 * matrices + 4 * self.cfg.n_layers * self.cfg.d_model * T, 2 * self.lm_head.weight.numel()
+
+    @torch.no_grad()
+    def generate(self, ids, n, temperature=1.0, top_k=None, generator=None):
+        """ids (B, T) and n sampled tokens after them (B, T + n). temperature 0 takes the likeliest."""
+        for _ in range(n):
+            logits = self.lm_head(self.hidden(ids[:, -self.cfg.context:])[:, -1]).float()  # (B, V)
+            if temperature == 0:
+                new = logits.argmax(-1, keepdim=True)
+            else:
+                if top_k is not None:
+                    kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+                    logits = logits.masked_fill(logits < kth, -math.inf)
+                new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            ids = torch.cat((ids, new), dim=1)
+        return ids

@@ -1,0 +1,62 @@
+"""What the representations look like: effective rank and attention entropy, measured while training without leaving a trace.
+
+Effective rank: Roy & Vetterli 2007, "The effective rank: a measure of effective dimensionality" (EUSIPCO).
+Metric names: rank/<v_proj|o_proj|down_proj|resid>/<layer> and entropy/<layer>/<head>; train.py writes them to out_dir/probes.jsonl.
+"""
+import math
+
+import torch
+
+
+def effective_rank(x, proportional=False):
+    """exp of the entropy of the singular values of x (m, n), normalised to sum 1: from 1 (rank one) to min(m, n) (all equal).
+
+    proportional: divided by min(m, n). Zero for a matrix of zeros. Through the Gram matrix in float64 (float32 where a device has none).
+    """
+    x = x.detach().to(torch.float32 if x.device.type == "mps" else torch.float64)
+    x = x if x.shape[0] >= x.shape[1] else x.mT
+    sigma = torch.linalg.eigvalsh(x.mT @ x).clamp(min=0).sqrt()  # (min(m, n),)
+    p = sigma / sigma.sum().clamp(min=torch.finfo(sigma.dtype).tiny)
+    rank = torch.special.entr(p).sum().exp().item() if sigma.sum() > 0 else 0.0
+    return rank / len(sigma) if proportional else rank
+
+
+def attention_entropy(q, k, rows=128):
+    """Entropy of causal attention per head, averaged over sequences and query positions.
+
+    q (B, H, T, C) and k (B, G, T, C) as they enter the dot product (rotated). Returns (2, H): in nats, over all positions; and
+    divided by log(number of visible keys), over all but the first position, which sees one key. T = 1 gives zeros.
+    Computed for `rows` query positions at a time: (B, H, rows, T) is the most held at once.
+    """
+    B, H, T, C = q.shape
+    k = k.float().repeat_interleave(H // k.shape[1], dim=1)  # (B, H, T, C)
+    total = q.new_zeros(2, H, dtype=torch.float32)
+    for start in range(0, T, rows):
+        visible = torch.arange(start, min(start + rows, T), device=q.device) + 1  # keys that each row sees
+        scores = q[:, :, start:start + rows].float() @ k[:, :, :visible[-1]].mT / math.sqrt(C)  # (B, H, rows, keys)
+        hidden = torch.arange(len(scores[0, 0, 0]), device=q.device) >= visible[:, None]
+        entropy = torch.special.entr(scores.masked_fill(hidden, -math.inf).softmax(-1)).sum(-1)  # (B, H, rows)
+        total[0] += entropy.sum((0, 2))
+        total[1] += (entropy / visible.log().clamp(min=1e-9)).masked_fill(visible == 1, 0).sum((0, 2))
+    return total / torch.tensor([[B * T], [B * max(T - 1, 1)]], device=q.device)
+
+
+@torch.no_grad()
+def measure(decoder, ids):
+    """All probes of a Decoder on ids (B, T): {metric: float}. Entropies are the normalised ones.
+
+    Layers are called through `forward`, past what `compile()` installed, so compiled graphs stay as they are.
+    """
+    metrics = {}
+    rope = decoder.model.positions(ids.shape[1])
+    x = decoder.model.embed_tokens(ids)  # (B, T, D)
+    for i, layer in enumerate(decoder.model.layers):
+        for name, weight in (("v_proj", layer.self_attn.v_proj.weight), ("o_proj", layer.self_attn.o_proj.weight), ("down_proj", layer.mlp.down_proj.weight)):
+            metrics[f"rank/{name}/{i:02d}"] = effective_rank(weight)
+        q, k, _ = layer.self_attn.qkv(layer.input_layernorm(x), *rope)
+        for head, entropy in enumerate(attention_entropy(q, k)[1].tolist()):
+            metrics[f"entropy/{i:02d}/{head:02d}"] = entropy
+        x = layer.forward(x, *rope)
+        flat = x.flatten(0, 1).float()  # (B * T, D)
+        metrics[f"rank/resid/{i:02d}"] = effective_rank(flat - flat.mean(0))
+    return metrics

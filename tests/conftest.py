@@ -1,0 +1,53 @@
+"""A toy corpus (no network, no download) and a toy model that the tests share."""
+import base64
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+TOY_VOCAB = 256 + 3000 + 2
+
+# Flags of a run of seconds on the toy corpus; each update has LM, episode or both kinds of micro-steps.
+TOY = ["--d_model=24", "--n_layers=2", "--n_heads=2", "--n_kv_heads=1", f"--vocab_size={TOY_VOCAB + 6}", "--context=32", "--global_batch_size=16", "--batch_size=4",
+       "--meta_draws=2", "--ways=4", "--shots=2", "--queries=2", "--window=8", "--inner_steps=3", "--inner_lr=1", "--warmup_steps=2", "--lr=1e-3", "--log_every=1",
+       "--eval_every=5", "--probe_every=5", "--checkpoint_every=5", "--eval_sequences=8", "--device=cpu", "--dtype=float32"]
+
+
+def write_bin(path, tokens):
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, len(tokens)
+    path.write_bytes(header.tobytes() + np.asarray(tokens, "<u2").tobytes())
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    """A folder of bins over a vocabulary of 3,000 words: train in two shards, 150,000 tokens, and validation."""
+    folder = tmp_path_factory.mktemp("toy")
+    letters, words = random.Random(0), set()
+    while len(words) < 3000:
+        words.add(" " + "".join(letters.choices("abcdefghij", k=letters.randint(4, 7))))
+    tokens = [bytes([i]) for i in range(256)] + [word.encode() for word in sorted(words)]
+    spec = {"name": "toy", "pattern": data.PATTERN, "tokens": [base64.b64encode(token).decode() for token in tokens]}
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    rng = np.random.default_rng(0)
+
+    def draw(n):
+        ids = 256 + np.minimum(rng.zipf(1.3, n) + rng.integers(0, 600, n), 2999)
+        ids[rng.random(n) < 0.02] = ord(".")
+        ids[::500] = TOY_VOCAB - 2  # <|endoftext|>
+        return ids
+
+    for name, n in (("train_000000", 100_000), ("train_000001", 50_000), ("val_000000", 5_000)):
+        write_bin(folder / f"{name}.bin", draw(n))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)

@@ -1,0 +1,203 @@
+"""Gradients against an independent reference: a deep copy, an SGD loop on it, and a backward pass, as a textbook would write first-order MAML."""
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from config import UserError
+from data import EpisodeBatch, LMBatch
+from meta import Head, Learner, adapt
+from model import Decoder, ModelConfig
+
+CFG = ModelConfig(d_model=24, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=50, context=16)
+N, K, Q, T = 5, 3, 2, 12
+
+
+def learner(adapted="head", layers=2, start="shared", **options):
+    generator = torch.Generator().manual_seed(1)
+    decoder = Decoder(CFG, generator)
+    with torch.no_grad():
+        for p in decoder.parameters():
+            p.mul_(4 if p.dim() == 2 else 1)  # features that differ
+    options = {"inner_steps": 3, "inner_lr": 0.3} | options
+    return Learner(decoder, Head(24, layers, 16, start, N, generator), adapted, **options)
+
+
+def batch(E=1, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return EpisodeBatch(*(torch.randint(0, 50, (E, N, n, T), generator=generator) for n in (K, Q)))
+
+
+def outer_grads(module, data):
+    module.zero_grad()
+    loss, metrics = module(data)
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}, metrics
+
+
+class Net(nn.Module):
+    """Decoder and head as an ordinary network, for the reference."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.model = copy.deepcopy(module.decoder.model)
+        head, layers = module.head, []
+        for layer in head.layers:
+            layers += [copy.deepcopy(layer), nn.ReLU()]
+        self.out = nn.Linear(head.features, N)
+        with torch.no_grad():
+            self.out.weight.copy_(0 if head.weight is None else head.weight)  # broadcasts a shared vector
+            self.out.bias.copy_(0 if head.bias is None else head.bias)
+        self.head = nn.Sequential(*layers, self.out)
+
+    def forward(self, windows):
+        return self.head(self.model(windows)[:, -1])
+
+
+def reference(module, data, moves):
+    """(mean query loss, {Learner's name: gradient}) of first-order MAML, episode by episode. moves(net) gives what the inner loop adapts."""
+    losses, grads = [], {}
+    for support, query in zip(data.support, data.query):
+        net = Net(module).to(module.decoder.lm_head.weight.dtype)
+        sgd = torch.optim.SGD(moves(net), lr=module.inner_lr)
+        for _ in range(module.inner_steps):
+            net.zero_grad()
+            F.cross_entropy(net(support.flatten(0, 1)), torch.arange(N).repeat_interleave(K)).backward()
+            sgd.step()
+        net.zero_grad()
+        loss = F.cross_entropy(net(query.flatten(0, 1)), torch.arange(N).repeat_interleave(Q))
+        loss.backward()
+        losses.append(loss.item())
+        named = {f"decoder.model.{name}": p.grad for name, p in net.model.named_parameters()}
+        for i, layer in enumerate(net.head[:-1:2]):
+            named |= {f"head.layers.{i}.weight": layer.weight.grad, f"head.layers.{i}.bias": layer.bias.grad}
+        if module.head.weight is not None:
+            rows = len(module.head.weight)
+            named["head.weight"] = net.out.weight.grad if rows == N else net.out.weight.grad.sum(0, keepdim=True)
+            named["head.bias"] = net.out.bias.grad if rows == N else net.out.bias.grad.sum(0, keepdim=True)
+        for name, grad in named.items():
+            grads[name] = grads.get(name, 0) + grad / len(data.support)
+    return sum(losses) / len(losses), grads
+
+
+@pytest.mark.parametrize("adapted, moves", [("head", lambda net: net.head.parameters()), ("all", lambda net: net.parameters()),
+                                            (r"layers\.1\.mlp|head", lambda net: [*net.model.layers[1].mlp.parameters(), *net.head.parameters()])])
+@pytest.mark.parametrize("steps", [0, 1, 3])
+@pytest.mark.parametrize("start", ["zero", "shared", "random"])
+def test_outer_gradients_equal_the_reference(adapted, moves, steps, start):
+    """To 1e-6 of the largest gradient; two episodes, whose gradients must average."""
+    module, data = learner(adapted, start=start, inner_steps=steps).double(), batch(2)
+    before = {name: p.clone() for name, p in module.named_parameters()}
+    loss, grads, _ = outer_grads(module, data)
+    expected, named = reference(module, data, moves)
+    assert loss == pytest.approx(expected, abs=1e-9)
+    assert grads.keys() == named.keys() and not any("lm_head" in name for name in grads)
+    scale = max(grad.abs().max() for grad in named.values())
+    for name, grad in named.items():
+        assert (grads[name] - grad).abs().max() <= 1e-6 * scale + 1e-14, name  # without steps, a symmetric start has no gradient
+    assert all(torch.equal(p, before[name]) for name, p in module.named_parameters()), "the inner loop moved the meta-parameters"
+
+
+@pytest.mark.parametrize("adapted", ["head", "all"])
+def test_outer_gradients_in_float32(adapted):
+    module, data = learner(adapted), batch(2)
+    _, grads, _ = outer_grads(module, data)
+    _, named = reference(module, data, lambda net: net.head.parameters() if adapted == "head" else net.parameters())
+    scale = max(grad.abs().max() for grad in named.values())
+    assert max((grads[name] - named[name]).abs().max() for name in named) < 1e-5 * scale
+
+
+@pytest.mark.parametrize("adapted, start", [("head", "shared"), ("head", "zero"), ("all", "shared"), (r"o_proj|head", "random")])
+def test_second_order_passes_gradcheck(adapted, start):
+    """The gradient of the query loss through two inner steps, against finite differences in float64."""
+    module, data = learner(adapted, 2, start, inner_steps=2, first_order=False).double(), batch()
+    names = [name for name, _ in module.named_parameters() if name.startswith("head") or "layers.1.self_attn.o_proj" in name or "norm" in name]
+    params = [module.get_parameter(name).detach().clone().requires_grad_() for name in names]
+    assert torch.autograd.gradcheck(lambda *p: torch.func.functional_call(module, dict(zip(names, p)), (data,))[0], params, fast_mode=True)
+    first = learner(adapted, 2, start, inner_steps=2).double()
+    a, b = (outer_grads(m, data)[1]["decoder.model.norm.weight"] for m in (module, first))
+    assert (a - b).abs().max() > 1e-3 * b.abs().max(), "second order must differ from first"
+
+
+def test_gradients_accumulate_and_the_support_leaves_none_behind():
+    """Public code let an inner zero_grad wipe accumulated gradients, and support gradients stay in .grad."""
+    module = learner("all")
+    (_, a, _), (_, b, _) = outer_grads(module, batch(seed=1)), outer_grads(module, batch(seed=2))
+    module.zero_grad()
+    for seed in (1, 2):
+        module(batch(seed=seed))[0].backward()
+    for name in a:
+        assert torch.allclose(module.get_parameter(name).grad, a[name] + b[name], rtol=1e-4, atol=1e-6), name
+    module.zero_grad()
+    module(batch())
+    assert all(p.grad is None for p in module.parameters())
+
+
+def test_a_class_symmetric_start_does_not_care_for_the_order_of_the_labels():
+    data, order = batch(2), torch.tensor([3, 0, 4, 1, 2])
+    for start, same in (("zero", True), ("shared", True), ("random", False)):
+        module = learner(start=start)
+        a, b = module(data)[0], module(EpisodeBatch(data.support[:, order], data.query[:, order]))[0]
+        assert torch.allclose(a, b, atol=1e-5) == same, start
+
+
+def test_a_class_symmetric_start_takes_any_number_of_ways():
+    data = EpisodeBatch(*(windows[:, :3] for windows in batch(2)))
+    assert learner(start="zero")(data)[0].isfinite()
+    with pytest.raises(ValueError, match="has 5 outputs, the episode 3 ways"):
+        learner(start="random")(data)
+
+
+def test_adaptation_shows_in_the_metrics():
+    """Windows whose token before the mask tells the class: learned from the support, unknown before."""
+    data = batch(4)
+    for windows in data:
+        windows[..., -1] = torch.arange(N)[:, None]
+    loss, _, metrics = outer_grads(learner(layers=1, start="zero", inner_steps=20, inner_lr=1.0), data)
+    assert metrics["meta/support_acc"] > 0.9 and metrics["meta/query_acc"] > 0.9 and loss < 1
+    assert metrics["meta/query_acc_unadapted"].item() == pytest.approx(1 / N), "zero outputs: every class alike"
+    assert metrics["meta/query_loss"].item() == pytest.approx(loss)
+
+
+def test_adapt_is_plain_sgd():
+    """A quadratic: x_k = c + (1 - a)^k (x_0 - c)."""
+    x, c = torch.tensor([1.0, -2.0], requires_grad=True), torch.tensor([3.0, 5.0])
+    with torch.no_grad():  # an evaluation adapts as well
+        fast = adapt(lambda params: 0.5 * ((params["x"] - c) ** 2).sum(), {"x": x}, steps=4, lr=0.1)
+    assert torch.allclose(fast["x"], c + 0.9**4 * (x - c)) and x.tolist() == [1, -2] and x.grad is None
+    second = adapt(lambda params: 0.5 * ((params["x"] - c) ** 2).sum(), {"x": x}, steps=4, lr=0.1, first_order=False)
+    assert torch.allclose(torch.autograd.grad(second["x"].sum(), x)[0], torch.full((2,), 0.9**4))
+
+
+def test_bfloat16_autocast_reads_the_fast_weights():
+    """One autocast region around the inner loop reads the stale bfloat16 copies of the first weights; then more steps change nothing."""
+    losses = [learner("all", inner_steps=steps, inner_lr=1.0, dtype=torch.bfloat16)(batch())[0].item() for steps in (0, 1, 3)]
+    exact = [learner("all", inner_steps=steps, inner_lr=1.0)(batch())[0].item() for steps in (0, 1, 3)]
+    assert losses == pytest.approx(exact, rel=0.1) and min(abs(a - b) for a, b in itertools.combinations(exact, 2)) > 0.1
+
+
+def test_a_pattern_that_matches_nothing_is_refused():
+    with pytest.raises(UserError, match="adapt = 'hed' matches no parameter; names look like model.layers"):
+        learner("hed")
+
+
+def counted(run):
+    """FLOPs of run() by PyTorch's counter, without its record per module, which cannot stand an inner autograd.grad."""
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = type("NoTracker", (), {"parents": {"Global"}, "__enter__": lambda self: self, "__exit__": lambda self, *args: None})()
+    with counter, sdpa_kernel(SDPBackend.MATH):  # the fused CPU kernel is not in its table
+        run()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("adapted, layers", [("head", 1), ("head", 3), ("all", 2)])
+def test_counted_flops_equal_those_of_the_flop_counter(adapted, layers):
+    module, data = learner(adapted, layers, inner_steps=4), batch(2)
+    assert module.flops(data) == pytest.approx(counted(lambda: module(data)[0].backward()), rel=0.02)
+    ids = torch.randint(0, 50, (3, 16))
+    assert module.flops(LMBatch(ids, ids)) == pytest.approx(counted(lambda: F.cross_entropy(module.decoder(ids).flatten(0, 1), ids.flatten()).backward()), rel=0.02)

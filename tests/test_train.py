@@ -1,0 +1,345 @@
+"""The loop end to end: the mix of steps, resume, ranks, stopping, what is written."""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TOY, TOY_VOCAB, write_bin
+
+import checkpoint
+import config
+import data
+import train
+from config import UserError
+from train import Config
+
+ROOT = Path(train.__file__).parent
+
+
+def run(toy, out_dir, *flags):
+    """A run in this process; gives its last checkpoint's state and the lines of log.jsonl without the clock's."""
+    train.main([*TOY, f"--data={toy}", f"--out_dir={out_dir}", "--max_steps=10", *flags])
+    return checkpoint.newest(out_dir), log(out_dir)
+
+
+def log(out_dir, name="log.jsonl"):
+    lines = [json.loads(line) for line in (Path(out_dir) / name).read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in ("seconds", "tok_per_s", "mfu")} for line in lines]
+
+
+def process(toy, out_dir, *flags, ranks=0, script=ROOT / "train.py"):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+    return subprocess.Popen([sys.executable, *launcher, str(script), *TOY, f"--data={toy}", f"--out_dir={out_dir}", "--max_steps=10", *flags],
+                            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def same(a, b):
+    """Two nested states are equal, bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.fixture(scope="module")
+def whole(toy, tmp_path_factory):
+    """Ten hybrid updates with accumulation, uninterrupted, and their folder."""
+    out_dir = tmp_path_factory.mktemp("whole")
+    return *run(toy, out_dir), out_dir
+
+
+# ---- the mix ----
+
+def toy_config(**changes):
+    return replace(config.load(Config, TOY), **changes)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_an_update_is_made_of_the_same_batches_for_any_number_of_ranks(world):
+    cfg = toy_config(global_batch_size=32, meta_draws=2, episodes=2, max_steps=50)
+    kinds = train.draw_kinds(cfg)
+    for step in range(50):
+        def work(world):
+            found = set()
+            for micro in range(train.accumulation(cfg, world)):
+                parts = [train.batch_indices(cfg, kinds, step, micro, rank, world) for rank in range(world)]
+                assert len({episode for episode, _ in parts}) == 1, "all ranks do the same kind"
+                found |= {(episode, n) for episode, numbers in parts for n in numbers}
+            return found
+
+        assert work(1) == work(world)
+        assert len(work(1)) == sum(2 * 4 if episode else 32 // 2 for episode in kinds[step]), "ranks never share a batch"
+
+
+def test_a_hybrid_run_sees_the_sequences_of_a_vanilla_one_in_the_same_order():
+    def order(cfg):
+        kinds = train.draw_kinds(cfg)
+        parts = [train.batch_indices(cfg, kinds, step, micro, 0, 1) for step in range(cfg.max_steps) for micro in range(4)]
+        return [n for episode, numbers in parts if not episode for n in numbers], [n for episode, numbers in parts if episode for n in numbers]
+
+    hybrid, vanilla = order(toy_config(max_steps=30)), order(toy_config(max_steps=30, meta_share=0.0))
+    assert hybrid[0] == vanilla[0][:len(hybrid[0])] == list(range(len(hybrid[0]))) and hybrid[1] == list(range(len(hybrid[1]))) and vanilla[1] == []
+
+
+def test_the_draws_follow_share_and_start_and_do_not_depend_on_max_steps():
+    kinds = train.draw_kinds(toy_config(max_steps=4000, meta_share=0.3, meta_start=100))
+    assert not kinds[:100].any() and kinds[100:].mean() == pytest.approx(0.3, abs=0.02)
+    assert np.array_equal(train.draw_kinds(toy_config(max_steps=200, meta_share=0.3, meta_start=100)), kinds[:200])
+
+
+def test_learning_rate_warms_up_and_decays_linearly():
+    cfg = toy_config(max_steps=6000, warmup_steps=2500, lr=3e-4)
+    assert [train.lr_at(cfg, step) for step in (0, 1249, 2499, 2500, 4250, 5999)] == pytest.approx([3e-4 / 2500, 1.5e-4, 3e-4, 3e-4, 1.5e-4, 3e-4 / 3500])
+
+
+def test_batches_that_do_not_divide_are_told_with_the_numbers():
+    with pytest.raises(UserError, match=r"global_batch_size = 16 must be a multiple of batch_size x ranks = 4 x 3"):
+        train.accumulation(toy_config(), 3)
+    with pytest.raises(UserError, match=r"2 micro-steps .* must be a multiple of meta_draws = 4"):
+        train.accumulation(toy_config(meta_draws=4), 2)
+
+
+# ---- what a run writes ----
+
+def test_a_run_writes_what_others_read(whole, capsys):
+    state, lines, out_dir = whole
+    assert {path.name for path in out_dir.iterdir()} == {"ckpt_000005.pt", "ckpt_000010.pt", "config.json", "log.jsonl", "probes.jsonl", "tokenizer.json"}
+    training, validation = [line for line in lines if "lr" in line], [line for line in lines if "val/loss" in line]
+    assert [line["step"] for line in training] == list(range(1, 11)) and [line["step"] for line in validation] == [0, 5, 10]
+    kinds = train.draw_kinds(toy_config(max_steps=10))
+    assert {0, 1, 2} == set(kinds.sum(1)), "the seed gives updates of either kind and mixed ones"
+    for line, draws in zip(training, kinds):
+        assert ("train/loss" in line) == (not draws.all()) and ("meta/query_loss" in line) == draws.any()
+        assert {"tokens", "flops", "grad_norm", "skipped"} <= line.keys()
+    assert training[-1]["tokens"] == (~kinds).sum() * 8 * 32, "LM tokens"
+    assert all("tok_per_s" in json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines() if '"lr"' in line)
+    assert [line["step"] for line in log(out_dir, "probes.jsonl")] == [0, 5, 10]
+    assert {"rank/resid/01", "rank/v_proj/00", "entropy/01/01"} <= log(out_dir, "probes.jsonl")[0].keys()
+    assert json.loads((out_dir / "config.json").read_text()) == state["config"]
+    assert data.load_tokenizer(str(out_dir)).n_vocab == TOY_VOCAB
+
+
+def test_logged_losses_are_means_over_the_updates_since_the_last_line(toy, tmp_path, whole):
+    _, lines = run(toy, tmp_path, "--log_every=5", "--eval_every=0", "--probe_every=0")
+    assert [line["step"] for line in lines] == [5, 10]
+    kinds = train.draw_kinds(toy_config(max_steps=10))
+    for line, steps in zip(lines, (range(1, 6), range(6, 11))):
+        each = {x["step"]: x for x in whole[1] if "lr" in x}
+        weights = [(~kinds[step - 1]).sum() for step in steps]
+        assert line["train/loss"] == pytest.approx(np.average([each[step].get("train/loss", 0) for step in steps], weights=weights), rel=1e-5)
+
+
+def test_probes_and_evaluation_leave_the_run_as_it_is(toy, tmp_path, whole):
+    state, _ = run(toy, tmp_path, "--eval_every=0", "--probe_every=0")
+    assert all(same(state[key], whole[0][key]) for key in ("model", "head", "optimizer"))
+
+
+def test_train_loss_is_the_lm_loss_alone(toy, tmp_path, whole):
+    """The published trainer averages 32-way query losses into one curve with the LM loss."""
+    first = next(line for line in whole[1] if "train/loss" in line)
+    assert first["train/loss"] == pytest.approx(math.log(TOY_VOCAB + 6), abs=0.2) and first.get("meta/query_loss", 1.4) < 1.5
+
+
+# ---- resume ----
+
+def test_ten_updates_equal_five_a_killed_process_and_five_more(toy, tmp_path, whole):
+    """Parameters, optimizer and logged losses, bit for bit, with episodes and accumulation; killed without a word."""
+    torch.set_num_threads(1)  # as the other process: sums in another order differ in the last bit
+    straight, lines = run(toy, tmp_path / "straight")
+    first = process(toy, tmp_path / "killed")
+    deadline = time.time() + 120
+    while not (tmp_path / "killed" / "ckpt_000005.pt").exists() and first.poll() is None and time.time() < deadline:
+        time.sleep(0.01)
+    first.kill()
+    first.communicate()
+    assert (tmp_path / "killed" / "ckpt_000005.pt").exists()
+    (tmp_path / "killed" / "ckpt_000010.pt").unlink(missing_ok=True)  # where the kill came late
+    second = process(toy, tmp_path / "killed")
+    output, _ = second.communicate(timeout=120)
+    assert second.returncode == 0 and "ckpt_000005.pt" in output, output
+    again = checkpoint.newest(tmp_path / "killed")
+    assert all(same(again[key], straight[key]) for key in ("model", "head", "optimizer", "step", "tokens", "flops"))
+    assert log(tmp_path / "killed") == lines and log(tmp_path / "killed", "probes.jsonl") == log(tmp_path / "straight", "probes.jsonl")
+
+
+def test_a_resume_amid_a_logging_interval_logs_the_same(toy, tmp_path):
+    flags = ["--log_every=10", "--checkpoint_every=3", "--keep=9"]
+    _, lines = run(toy, tmp_path, *flags)
+    for step in (6, 9, 10):
+        (tmp_path / f"ckpt_{step:06d}.pt").unlink()
+    assert run(toy, tmp_path, *flags)[1] == lines
+
+
+def test_a_finished_run_is_left_alone(toy, tmp_path, whole, capsys):
+    out_dir = whole[2]
+    before = {path.name: path.read_bytes() for path in out_dir.iterdir()}
+    run(toy, out_dir)
+    assert {path.name: path.read_bytes() for path in out_dir.iterdir()} == before
+    assert "the run is finished" in capsys.readouterr().out
+
+
+def test_a_config_that_contradicts_the_checkpoint_is_refused_field_by_field(toy, whole):
+    with pytest.raises(UserError) as error:
+        run(toy, whole[2], "--lr=0.5", "--ways=3", "--log_every=7")
+    assert "lr = 0.001 there, 0.5 here; ways = 4 there, 3 here" in str(error.value) and "log_every" not in str(error.value)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_writes_a_checkpoint_and_exits_with_0(toy, tmp_path, number):
+    running = process(toy, tmp_path, "--max_steps=100000", "--checkpoint_every=0", "--eval_every=0", "--probe_every=0")
+    for line in running.stdout:
+        if line.startswith("step"):
+            break
+    running.send_signal(number)
+    output, _ = running.communicate(timeout=60)
+    assert running.returncode == 0 and "stopped   at step" in output, output
+    step = checkpoint.newest(tmp_path)["step"]
+    assert log(tmp_path)[-1]["step"] == step and f"step {step};" in output
+
+
+# ---- ranks ----
+
+WORKER = """
+import sys; sys.path.insert(0, {root!r})
+import os, torch, train
+class Learner(train.Learner):
+    def __init__(self, *args):
+        super().__init__(*args)
+        global made
+        made = self
+train.Learner = Learner
+train.main(sys.argv[1:])
+torch.save(made.state_dict(), {out!r} + os.environ["RANK"] + ".pt")
+"""
+
+
+@pytest.mark.parametrize("flags", [[], ["--head_layers=2", "--head_start=shared"], ["--adapt=all"], ["--meta_share=0", "--head_layers=2"]], ids=["linear", "mlp", "all", "vanilla"])
+def test_two_ranks_are_bit_identical_and_equal_one_process_with_twice_the_micro_steps(toy, tmp_path, flags):
+    """Twenty updates of LM, episodes and both; a head of several layers goes without gradient in some of them."""
+    flags = [*flags, "--max_steps=20", "--eval_every=20", "--probe_every=0", "--seed=2"]
+    kinds = train.draw_kinds(toy_config(max_steps=20, seed=2))
+    assert {0, 1, 2} == set(kinds.sum(1))
+    (tmp_path / "worker.py").write_text(WORKER.format(root=str(ROOT), out=str(tmp_path / "rank")))
+    two = process(toy, tmp_path / "two", *flags, ranks=2, script=tmp_path / "worker.py")
+    output, _ = two.communicate(timeout=240)
+    assert two.returncode == 0, output
+    a, b = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    assert same(a, b)
+    one, lines = run(toy, tmp_path / "one", *flags)
+    single = {f"decoder.{name}": p for name, p in one["model"].items()} | {f"head.{name}": p for name, p in one["head"].items()}
+    assert single.keys() == a.keys()
+    for name in a:  # Adam turns gradients that are zero but for rounding into whole steps, so compare the bulk
+        assert torch.linalg.norm(a[name] - single[name]) < 1e-3 * torch.linalg.norm(single[name]) + 1e-6, name
+    for x, y in zip(lines, log(tmp_path / "two"), strict=True):
+        assert x.keys() == y.keys() and all(x[key] == pytest.approx(y[key], rel=1e-3, abs=1e-3) for key in x if "acc" not in key)
+
+
+# ---- trouble ----
+
+def test_updates_with_a_non_finite_gradient_are_skipped_counted_and_end_the_run(toy, tmp_path, monkeypatch):
+    real = train.Learner.forward
+
+    def broken(when):
+        def forward(self, batch):
+            loss, metrics = real(self, batch)
+            calls[0] += self.training and torch.is_grad_enabled()
+            return (loss * math.nan if torch.is_grad_enabled() and when(calls[0]) else loss), metrics
+        return forward
+
+    calls = [0]
+    monkeypatch.setattr(train.Learner, "forward", broken(lambda n: n == 6))  # in the second of the updates of 4 micro-steps
+    state, lines = run(toy, tmp_path / "once")
+    assert [line["skipped"] for line in lines if "lr" in line] == [0] + [1] * 9
+    assert all(torch.isfinite(p).all() for p in state["model"].values())
+    assert {float(s["step"]) for s in state["optimizer"]["state"].values()} <= set(range(10))
+    calls = [0]
+    monkeypatch.setattr(train.Learner, "forward", broken(lambda n: True))
+    with pytest.raises(UserError, match="not finite in 10 updates in a row"):
+        run(toy, tmp_path / "always", "--max_steps=30")
+    first = checkpoint.read(tmp_path / "always" / "ckpt_000000.pt")["model"]
+    assert same(checkpoint.newest(tmp_path / "always")["model"], first)
+
+
+def test_a_run_warns_when_the_query_loss_stays_at_ln_n(toy, tmp_path, capsys):
+    run(toy, tmp_path, "--inner_lr=1e-6", "--meta_share=1", "--eval_every=0")
+    assert "stayed at ln N = 1.386" in capsys.readouterr().out
+
+
+def test_bad_data_is_refused_before_training(toy, tmp_path):
+    with pytest.raises(UserError, match="the tokenizer of .* has 3258 ids, vocab_size = 3256"):
+        run(toy, tmp_path / "a", "--vocab_size=3256")
+    for name in ("train_000000.bin", "val_000000.bin"):
+        write_bin(tmp_path / name, np.arange(5000))
+    with pytest.raises(UserError, match="token id 4999 is outside the vocabulary of 3264"):
+        run(tmp_path, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_users_mistake_prints_one_line_and_no_traceback(tmp_path):
+    for flags in (["--max_stesp=3"], [f"--data={tmp_path}/none"], ["--device=warp"]):
+        result = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags], capture_output=True, text=True, cwd=tmp_path)
+        assert result.returncode == 1 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+
+
+# ---- the configs, wandb ----
+
+@pytest.mark.parametrize("name", ["11m", "65m", "181m"])
+def test_the_papers_configs_run_two_updates(toy, tmp_path, name):
+    """At their width, depth, vocabulary, rate and episodes; the batch and the context are cut down. 570m is only counted: test_model.py."""
+    train.main([str(ROOT / "configs" / f"{name}.py"), f"--data={toy}", f"--out_dir={tmp_path}", "--max_steps=2", "--device=cpu", "--dtype=float32", "--context=32",
+                "--global_batch_size=2", "--batch_size=1", "--meta_draws=2", "--window=8", "--eval_sequences=1", "--probe_every=0", "--seed=5", "--log_every=1"])
+    lines = [line for line in log(tmp_path) if "lr" in line]
+    assert len(lines) == 2 and any("meta/query_loss" in line for line in lines) and any("train/loss" in line for line in lines)
+    (tmp_path / "ckpt_000002.pt").unlink()
+
+
+@pytest.mark.parametrize("name", ["demo", "11m", "65m", "181m", "570m"])
+def test_configs_load_with_the_overlay_and_their_batch_divides(name):
+    path = str(ROOT / "configs" / f"{name}.py")
+    cfg = config.load(Config, [path])
+    assert cfg.meta_share == 0.5
+    assert config.load(Config, [path, str(ROOT / "configs" / "vanilla.py")]) == replace(cfg, meta_share=0.0)
+    for world in (1, 2) if name == "demo" else (1, 4, 8):
+        train.accumulation(cfg, world)
+    if name != "demo":
+        assert (cfg.lr, cfg.warmup_steps, cfg.max_steps, cfg.ways, cfg.shots, cfg.inner_steps) == (3e-4, 2500, 6000, 32, 4, 10)
+
+
+def test_wandb_offline_writes_a_run_that_wandb_reads_back(toy, tmp_path):
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    _, lines = run(toy, tmp_path, "--wandb=offline")
+    store, seen, keys = DataStore(), {}, set()
+    store.open_for_scan(str(next(tmp_path.glob("wandb/offline-run-*/*.wandb"))))
+    while (content := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(content)
+        row = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        if "train/loss" in row:
+            seen[row["step"]] = row["train/loss"]
+        keys |= {item.key for item in record.run.config.update}
+    assert seen == pytest.approx({line["step"]: line["train/loss"] for line in lines if "train/loss" in line})
+    assert {"inner_lr", "d_model"} <= keys
+
+
+def test_wandb_disabled_is_not_even_imported():
+    code = "import sys, train; assert not {'wandb', 'matplotlib', 'rustbpe'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_a_failing_wandb_does_not_stop_training(toy, tmp_path, monkeypatch, capsys):
+    import wandb
+
+    monkeypatch.setattr(wandb, "init", lambda **options: 1 / 0)
+    state, _ = run(toy, tmp_path, "--wandb=online")
+    assert state["step"] == 10 and "training goes on without wandb: ZeroDivisionError" in capsys.readouterr().err
