@@ -2,7 +2,7 @@
 
     python data.py --out=data/mine --source=corpus/                 # .txt, .md, .jsonl, each also .gz; files or folders
     python data.py --out=data/mine --source=a.txt,b.jsonl.gz --val=news.txt,blogs.txt --vocab_size=8192
-    python data.py --out=data/fineweb --source=HuggingFaceFW/fineweb-edu --tokenizer=gpt2   # a Hugging Face dataset, with `pip install datasets`
+    python data.py --out=data/fineweb --source=HuggingFaceFW/fineweb-edu --tokenizer=gpt2           # Hugging Face; pip install datasets
     python data.py                                                  # the embedded corpus: this installation's own documentation
 
 A bin is 256 int32 (magic 20240520, version 1, token count), then uint16 tokens: the layout of llm.c and modded-nanogpt.
@@ -48,7 +48,8 @@ PIECES, PIECE, MAX_SHARE = 32, 4096, 1e-3
 
 def encoding(name, pattern, ranks):
     """The tiktoken Encoding of these merges, with the special tokens behind them."""
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={token: len(ranks) + i for i, token in enumerate(SPECIAL)})
+    special = {token: len(ranks) + i for i, token in enumerate(SPECIAL)}
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
 def load_tokenizer(source):
@@ -67,7 +68,8 @@ def load_tokenizer(source):
         try:
             gpt2 = tiktoken.get_encoding("gpt2")
         except Exception as error:  # tiktoken lets the HTTP client's own errors through
-            raise UserError(f"tiktoken cannot download its gpt2 tokenizer ({type(error).__name__}): run once with a network, or set TIKTOKEN_CACHE_DIR to a folder copied from a machine that has it") from None
+            raise UserError(f"tiktoken cannot download its gpt2 tokenizer ({type(error).__name__}): run once with a network, or set "
+                            "TIKTOKEN_CACHE_DIR to a folder copied from a machine that has it") from None
         pattern, ranks = gpt2._pat_str, gpt2._mergeable_ranks
     else:
         pattern, ranks = spec["pattern"], {base64.b64decode(token): rank for rank, token in enumerate(spec["tokens"])}
@@ -276,7 +278,8 @@ def prepare(cfg):
             if time.perf_counter() - shown > 0.5:
                 shown = time.perf_counter()
                 total = sum(writer.total for writer in writers.values())
-                print(f"\r{out}: {total / 1e6:,.1f} M tokens, {total / 1e6 / (shown - start):.2f} M tokens/s ", end="", file=sys.stderr, flush=True)
+                rate = total / (shown - start)
+                print(f"\r{out}: {total / 1e6:,.1f} M tokens, {rate / 1e6:.2f} M tokens/s ", end="", file=sys.stderr, flush=True)
 
         def add_all(documents, split_of):
             waiting, sizes = {}, {}
@@ -322,7 +325,8 @@ def open_bin(path):
     header = np.fromfile(path, "<i4", 3)
     if len(header) < 3 or header[0] != MAGIC:
         if path.name not in ("train.bin", "val.bin"):  # nanoGPT's names; its bins have no header
-            raise UserError(f"{path}: starts with {header[0] if len(header) else 'nothing'}, a token bin with {MAGIC}; prepare it with data.py")
+            start = header[0] if len(header) else "nothing"
+            raise UserError(f"{path}: starts with {start}, a token bin with {MAGIC}; prepare it with data.py")
         if size == 0 or size % 2:
             raise UserError(f"{path}: {size} bytes are not a positive number of uint16 tokens")
         return np.memmap(path, "<u2", "r")
@@ -345,7 +349,8 @@ class Corpus:
         for path, shard in list(zip(self.paths, self.shards))[part::parts]:
             largest = max(int(shard[i:i + 2**26].max()) for i in range(0, len(shard), 2**26))
             if largest >= vocab_size:
-                raise UserError(f"{path}: token id {largest} is outside the vocabulary of {vocab_size}; raise vocab_size or prepare the data again")
+                raise UserError(f"{path}: token id {largest} is outside the vocabulary of {vocab_size}; "
+                                "raise vocab_size or prepare the data again")
 
 
 def open_corpus(folder):
@@ -363,7 +368,8 @@ def open_corpus(folder):
         elif match := re.search(r"val(?:_([^\d_].*?))?(?:_?\d+)?\.bin$", path.name):
             val.setdefault(match[1] or "val", []).append(path)
     if not train or not val:
-        raise UserError(f"{folder} holds no {'validation' if train else 'training'} bins (*.bin with {'val' if train else 'train'} in the name)")
+        missing = "val" if train else "train"
+        raise UserError(f"{folder} holds no {missing} bins (*.bin with {missing} in the name)")
     return Corpus(train), {domain: Corpus(paths) for domain, paths in val.items()}
 
 
@@ -386,7 +392,10 @@ class LMBatch(NamedTuple):
 
 
 class EpisodeBatch(NamedTuple):
-    """Windows of E episodes, int64: support (E, N ways, K shots, window), query (E, N ways, Q queries, window). The label is the place among the N."""
+    """Windows of E episodes, int64: support (E, N ways, K shots, window), query (E, N ways, Q queries, window).
+
+    The label of a window is its place among the N.
+    """
     support: torch.Tensor
     query: torch.Tensor
 
@@ -400,7 +409,8 @@ class Sequences:
         self.counts = np.array([max(0, (len(shard) - T) // T) for shard in corpus.shards])
         self.ends = np.cumsum(self.counts)
         if self.ends[-1] == 0:
-            raise UserError(f"{corpus.paths[0].parent}: no training bin holds 2 x context = {2 * T} tokens, the longest has {max(map(len, corpus.shards))}; lower context or add text")
+            raise UserError(f"{corpus.paths[0].parent}: no training bin holds 2 x context = {2 * T} tokens, "
+                            f"the longest has {max(map(len, corpus.shards))}; lower context or add text")
         self._epoch = functools.lru_cache(maxsize=2)(self._draw_epoch)
 
     def _draw_epoch(self, epoch):
@@ -421,7 +431,7 @@ class Sequences:
 
 
 def eval_sequences(corpus, T, n):
-    """LMBatch of up to n sequences evenly spread over a validation corpus, always the same; T shrinks to the corpus where that is shorter."""
+    """LMBatch of up to n sequences evenly spread over a validation corpus, always the same; T shrinks to a shorter corpus."""
     longest = max(corpus.shards, key=len)
     T = min(T, len(longest) - 1)
     if T < 1:
@@ -493,7 +503,8 @@ class Episodes:
                     ids[ids == np.array(picked)[:, None, None]] = self.mask_id
                     return ids
             found = max(found, len(picked))
-        raise UserError(f"episodes: only {found} words have {need} windows of {self.window} tokens apart in {pieces.size:,} tokens, ways = {self.ways} are needed; lower ways, shots, queries or window, or add text")
+        raise UserError(f"episodes: only {found} words have {need} windows of {self.window} tokens apart in {pieces.size:,} tokens, "
+                        f"ways = {self.ways} are needed; lower ways, shots, queries or window, or add text")
 
     def __getitem__(self, indices):
         """EpisodeBatch of the episodes with these numbers."""

@@ -48,19 +48,17 @@ def straight_through(params, fast):
 class Head(nn.Module):
     """Classifies the feature at the mask: depth - 1 hidden layers of `width` with ReLU, then one output per way.
 
-    start: the output layer at the start of every episode. "zero", or "shared" (one learned vector for all classes; Ye & Chao 2022,
-    arXiv 2106.16245) treat all classes alike, so the order of the labels means nothing and any N goes; "random" is a learned
-    layer of `ways` rows, as published.
+    start: the output layer at the start of every episode. "zero" treats all classes alike, so the order of the labels means nothing and
+    any N goes. (One learned vector shared by all classes, Ye & Chao 2022, arXiv 2106.16245, is the same thing: it moves all logits alike,
+    which the softmax does not see.) "random" is a learned layer of `ways` rows, as published.
     """
 
     def __init__(self, d_model, depth, width, start, ways, generator=None):
         super().__init__()
         sizes = [d_model] + [width] * (depth - 1)
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:]))
+        self.out = nn.Linear(sizes[-1], ways) if start == "random" else None
         self.features = sizes[-1]
-        rows = {"zero": 0, "shared": 1, "random": ways}[start]
-        self.weight = nn.Parameter(torch.empty(rows, sizes[-1])) if rows else None
-        self.bias = nn.Parameter(torch.empty(rows)) if rows else None
         self.init_weights(generator)
 
     def init_weights(self, generator=None):
@@ -71,20 +69,19 @@ class Head(nn.Module):
                 nn.init.normal_(parameter, std=((2 if name.startswith("layers") else 1) / parameter.shape[1]) ** 0.5, generator=generator)
 
     def start(self, ways, like):
-        """{"head.*": tensor} at the start of an episode of N ways, the output layer (N, features) included; `like` gives device and dtype."""
-        if self.weight is None:
-            weight, bias = like.new_zeros(ways, self.features), like.new_zeros(ways)
-        elif len(self.weight) in (1, ways):
-            weight, bias = self.weight.expand(ways, -1), self.bias.expand(ways)
-        else:
-            raise ValueError(f"a head with a random start has {len(self.weight)} outputs, the episode {ways} ways")
-        return {f"head.{name}": p for name, p in self.layers.named_parameters()} | {"head.weight": weight, "head.bias": bias}
+        """{"head.*": tensor} at the start of an episode of N ways; the output layer is (N, features). `like` gives device and dtype."""
+        params = {f"head.{name}": p for name, p in self.named_parameters()}
+        if self.out is None:
+            params |= {"head.out.weight": like.new_zeros(ways, self.features), "head.out.bias": like.new_zeros(ways)}
+        elif self.out.out_features != ways:
+            raise ValueError(f"a head with a random start has {self.out.out_features} outputs, the episode {ways} ways")
+        return params
 
     def forward(self, x, params):
         """Features x (E, n, D) through E heads at once, `params` as of `start` but each with E in front -> logits (E, n, N)."""
         for i in range(len(self.layers)):
-            x = torch.baddbmm(params[f"head.{i}.bias"].unsqueeze(1), x, params[f"head.{i}.weight"].mT).relu()  # (E, n, width)
-        return torch.baddbmm(params["head.bias"].unsqueeze(1), x, params["head.weight"].mT)
+            x = torch.baddbmm(params[f"head.layers.{i}.bias"].unsqueeze(1), x, params[f"head.layers.{i}.weight"].mT).relu()  # (E, n, width)
+        return torch.baddbmm(params["head.out.bias"].unsqueeze(1), x, params["head.out.weight"].mT)
 
 
 class Learner(nn.Module):
@@ -99,7 +96,7 @@ class Learner(nn.Module):
         self.inner_steps, self.inner_lr, self.first_order, self.dtype = inner_steps, inner_lr, first_order, dtype
         pattern = re.compile({"head": r"^head\.", "all": ""}.get(adapted, adapted))
         names = ["model." + name for name, _ in decoder.model.named_parameters()]
-        names += [f"head.{name}" for name, _ in head.layers.named_parameters()] + ["head.weight", "head.bias"]
+        names += sorted({"head." + name for name, _ in head.named_parameters()} | {"head.out.weight", "head.out.bias"})
         self.adapted = {name for name in names if pattern.search(name)}
         if not self.adapted:
             raise UserError(f"adapt = {adapted!r} matches no parameter; names look like {names[1]} and {names[-1]}")
@@ -180,7 +177,7 @@ class Learner(nn.Module):
         return logits(outer, query), after, before
 
     def adapt(self, support_loss, start):
-        """Runs the inner loop on the parameters in `start` that adapt; returns (all after it, the same with the outer gradient's way back)."""
+        """The inner loop on the parameters in `start` that adapt: (all after it, the same with the outer gradient's way back)."""
         learned = {name: p for name, p in start.items() if name in self.adapted}
         fast = adapt(lambda params: support_loss(start | params), learned, self.inner_steps, self.inner_lr, self.first_order)
         return start | fast, start | (straight_through(learned, fast) if self.first_order else fast)

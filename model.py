@@ -35,7 +35,7 @@ class ModelConfig:
             if getattr(self, key) < 1:
                 raise UserError(f"{key} must be at least 1, got {getattr(self, key)}")
         if self.d_model % (2 * self.n_heads):
-            raise UserError(f"d_model = {self.d_model} must be an even multiple of n_heads = {self.n_heads} (rotary positions turn pairs of channels)")
+            raise UserError(f"d_model = {self.d_model} must be an even multiple of n_heads = {self.n_heads} (rotation pairs channels)")
         if self.n_heads % self.n_kv_heads:
             raise UserError(f"n_heads = {self.n_heads} must be a multiple of n_kv_heads = {self.n_kv_heads}")
         if self.rope_theta <= 0 or self.norm_eps <= 0:
@@ -43,7 +43,7 @@ class ModelConfig:
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864): channel c is paired with c + C/2. x (B, heads, T, C), cos and sin (T, C)."""
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864), channel c paired with c + C/2: x (B, heads, T, C), cos and sin (T, C)."""
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 

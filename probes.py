@@ -51,8 +51,8 @@ def measure(decoder, ids):
     rope = decoder.model.positions(ids.shape[1])
     x = decoder.model.embed_tokens(ids)  # (B, T, D)
     for i, layer in enumerate(decoder.model.layers):
-        for name, weight in (("v_proj", layer.self_attn.v_proj.weight), ("o_proj", layer.self_attn.o_proj.weight), ("down_proj", layer.mlp.down_proj.weight)):
-            metrics[f"rank/{name}/{i:02d}"] = effective_rank(weight)
+        for name, module in (("v_proj", layer.self_attn.v_proj), ("o_proj", layer.self_attn.o_proj), ("down_proj", layer.mlp.down_proj)):
+            metrics[f"rank/{name}/{i:02d}"] = effective_rank(module.weight)
         q, k, _ = layer.self_attn.qkv(layer.input_layernorm(x), *rope)
         for head, entropy in enumerate(attention_entropy(q, k)[1].tolist()):
             metrics[f"entropy/{i:02d}/{head:02d}"] = entropy

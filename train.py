@@ -49,7 +49,7 @@ class Config(ModelConfig):
     grad_clip: float = 1.0  # largest norm of the gradient; 0: off
     # episodes
     meta_share: float = 0.5  # probability that a draw is episodes, not next-token prediction; 0: off (vanilla)
-    meta_draws: int = 2  # draws per update, each for an equal part of its micro-steps on every rank; fixes the mix whatever the number of GPUs
+    meta_draws: int = 2  # draws per update, each for an equal part of its micro-steps; so the mix is the same on any number of GPUs
     meta_start: int = 0  # updates before the first episode
     meta_weight: float = 1.0  # factor on the query loss
     ways: int = 32  # N, words to tell apart in an episode
@@ -63,7 +63,7 @@ class Config(ModelConfig):
     first_order: bool = True  # False: second-order MAML, through the inner loop
     head_layers: int = 1  # layers of the episode head; 1: linear
     head_width: int = 128  # of the head's hidden layers
-    head_start: str = "zero"  # the head's output layer at an episode's start: zero, shared (one learned vector) or random (learned, as published)
+    head_start: str = "zero"  # the head's output layer at an episode's start: zero, or random (learned, one row per way, as published)
     # what is written, and when (in updates; the last one always counts; 0: never)
     log_every: int = 10  # training metrics
     eval_every: int = 250  # validation loss
@@ -86,20 +86,24 @@ class Config(ModelConfig):
             if not ok:
                 raise UserError(text)
 
-        for key in ("global_batch_size", "batch_size", "meta_draws", "shots", "queries", "episodes", "head_layers", "head_width", "log_every", "eval_sequences", "keep"):
+        for key in ("global_batch_size", "batch_size", "meta_draws", "shots", "queries", "episodes", "head_layers", "head_width",
+                    "log_every", "eval_sequences", "keep"):
             need(getattr(self, key) >= 1, f"{key} must be at least 1, got {getattr(self, key)}")
-        for key in ("seed", "max_steps", "warmup_steps", "weight_decay", "grad_clip", "meta_start", "meta_weight", "inner_steps", "eval_every", "probe_every", "checkpoint_every", "keep_every"):
+        for key in ("seed", "max_steps", "warmup_steps", "weight_decay", "grad_clip", "meta_start", "meta_weight", "inner_steps",
+                    "eval_every", "probe_every", "checkpoint_every", "keep_every"):
             need(getattr(self, key) >= 0, f"{key} must not be negative, got {getattr(self, key)}")
         for key in ("lr", "inner_lr"):
             need(getattr(self, key) > 0, f"{key} must be positive, got {getattr(self, key)}")
         for key in ("beta1", "beta2"):
             need(0 <= getattr(self, key) < 1, f"{key} must lie in [0, 1), got {getattr(self, key)}")
-        for key, choices in (("head_start", ("zero", "shared", "random")), ("wandb", ("disabled", "offline", "online")), ("dtype", ("auto", "bfloat16", "float32"))):
+        for key, choices in (("head_start", ("zero", "random")), ("wandb", ("disabled", "offline", "online")),
+                             ("dtype", ("auto", "bfloat16", "float32"))):
             need(getattr(self, key) in choices, f"{key} must be one of {', '.join(choices)}, got {getattr(self, key)!r}")
         need(0 <= self.meta_share <= 1, f"meta_share must lie in [0, 1], got {self.meta_share}")
         need(self.ways >= 2, f"ways must be at least 2, got {self.ways}")
         need(2 <= self.window <= self.context, f"window = {self.window} must lie in 2 to context = {self.context}")
-        need(self.global_batch_size % self.batch_size == 0, f"global_batch_size = {self.global_batch_size} must be a multiple of batch_size = {self.batch_size}")
+        need(self.global_batch_size % self.batch_size == 0,
+             f"global_batch_size = {self.global_batch_size} must be a multiple of batch_size = {self.batch_size}")
         try:
             re.compile(self.adapt)
         except re.error as error:
@@ -107,7 +111,8 @@ class Config(ModelConfig):
 
 
 # May differ from the checkpoint on a resume: they leave the course of training as it is.
-FREE = {"out_dir", "log_every", "eval_every", "eval_sequences", "probe_every", "checkpoint_every", "keep", "keep_every", "wandb", "wandb_project", "device", "dtype", "compile"}
+FREE = {"out_dir", "log_every", "eval_every", "eval_sequences", "probe_every", "checkpoint_every", "keep", "keep_every",
+        "wandb", "wandb_project", "device", "dtype", "compile"}
 MAX_SKIPPED = 10  # updates skipped in a row for a non-finite gradient that end a run
 METRICS = ("train/loss", "meta/query_loss", "meta/query_acc", "meta/query_acc_unadapted", "meta/support_acc")
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16 FLOP/s by the data sheets
@@ -117,9 +122,11 @@ def accumulation(cfg, world):
     """Micro-steps of an update on each of `world` ranks."""
     micro_steps, rest = divmod(cfg.global_batch_size, cfg.batch_size * world)
     if rest or micro_steps == 0:
-        raise UserError(f"global_batch_size = {cfg.global_batch_size} must be a multiple of batch_size x ranks = {cfg.batch_size} x {world}")
+        raise UserError(f"global_batch_size = {cfg.global_batch_size} must be a multiple of "
+                        f"batch_size x ranks = {cfg.batch_size} x {world}")
     if cfg.meta_share > 0 and micro_steps % cfg.meta_draws:
-        raise UserError(f"{micro_steps} micro-steps of an update (global_batch_size / (batch_size x ranks)) must be a multiple of meta_draws = {cfg.meta_draws}: lower meta_draws or batch_size")
+        raise UserError(f"{micro_steps} micro-steps of an update (global_batch_size / (batch_size x ranks)) must be a multiple of "
+                        f"meta_draws = {cfg.meta_draws}: lower meta_draws or batch_size")
     return micro_steps
 
 
@@ -204,7 +211,8 @@ def evaluate(learner, domains, device, rank, world):
     if world > 1:
         dist.all_reduce(totals)
     losses = (totals[0] / totals[1]).tolist()
-    return {"val/loss": sum(losses) / len(losses)} | ({f"val/{name}": loss for name, loss in zip(domains, losses)} if len(domains) > 1 else {})
+    by_domain = {f"val/{name}": loss for name, loss in zip(domains, losses)} if len(domains) > 1 else {}
+    return {"val/loss": sum(losses) / len(losses)} | by_domain
 
 
 def start_wandb(cfg, run_id):
@@ -213,7 +221,8 @@ def start_wandb(cfg, run_id):
         return None
     try:
         import wandb
-        return wandb.init(project=cfg.wandb_project, name=Path(cfg.out_dir).name, config=asdict(cfg), mode=cfg.wandb, dir=cfg.out_dir, id=run_id, resume="allow")
+        return wandb.init(project=cfg.wandb_project, name=Path(cfg.out_dir).name, config=asdict(cfg), mode=cfg.wandb, dir=cfg.out_dir,
+                          id=run_id, resume="allow")
     except Exception as error:
         print(f"warning: training goes on without wandb: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return None
@@ -258,11 +267,14 @@ def main(argv):
     print0 = print if rank == 0 else lambda *args, **kwargs: None
     out_dir = Path(cfg.out_dir)
     compiled = device.type == "cuda" if cfg.compile is None else cfg.compile
-    print0(f"machine   {torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}, {str(dtype).removeprefix('torch.')}, {'compiled' if compiled else 'eager'}, {world} rank{'s' * (world > 1)}" + (f" of {torch.get_num_threads()} threads" if device.type == "cpu" else ""))
+    ranks = f"{world} rank{'s' * (world > 1)}"
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    threads = f" of {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    print0(f"machine   {machine}, {str(dtype).removeprefix('torch.')}, {'compiled' if compiled else 'eager'}, {ranks}{threads}")
 
     # Data: bins, tokenizer, fixed validation and probe batches
-    if rank == 0 and cfg.data == data.EMBEDDED and not Path(cfg.data).exists():
-        print0(f"data      {cfg.data} is missing: preparing the embedded corpus, the documentation of Python, NumPy and PyTorch on this machine", flush=True)
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0 and cfg.data == data.EMBEDDED and not Path(cfg.data).exists():
+        print0(f"data      {cfg.data} is missing: preparing it from the documentation of Python, NumPy and PyTorch here", flush=True)
         data.prepare(data.Prepare())
     if world > 1:
         dist.barrier()
@@ -270,11 +282,12 @@ def main(argv):
     for split in (corpus, *validation.values()):
         split.check(cfg.vocab_size, rank, world)
     domains = {name: data.eval_sequences(split, cfg.context, cfg.eval_sequences) for name, split in validation.items()}
+    # Probed are 4 tokens for each dimension: with fewer, they would bound the rank.
     probe_ids = max((batch.ids for batch in domains.values()), key=torch.numel)
-    probe_ids = probe_ids[:max(2, math.ceil(4 * cfg.d_model / cfg.context))].to(device)  # 4 tokens a dimension: with fewer, they bound the rank
+    probe_ids = probe_ids[:max(2, math.ceil(4 * cfg.d_model / cfg.context))].to(device)
     sequences = data.Sequences(corpus, cfg.context, cfg.seed)
     entropy = data.unigram_entropy(corpus)
-    kinds = draw_kinds(cfg)
+    kinds, ln_n = draw_kinds(cfg), math.log(cfg.ways)
     tokenizer = episodes = None
     try:
         tokenizer = data.load_tokenizer(cfg.data)
@@ -293,7 +306,8 @@ def main(argv):
     learner = Learner(decoder, Head(cfg.d_model, cfg.head_layers, cfg.head_width, cfg.head_start, cfg.ways, generator),
                       cfg.adapt, cfg.inner_steps, cfg.inner_lr, cfg.first_order, dtype).to(device)
     params = list(learner.parameters())
-    groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": cfg.weight_decay}, {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
+    groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": cfg.weight_decay},
+              {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=True)
     step, tokens, flops, seconds, run_id = 0, 0, 0, 0.0, f"{int(time.time()):x}"
     # Kept on the device, since reading them waits for it: the sum of each metric and its micro-steps since the last log, over all
@@ -309,6 +323,11 @@ def main(argv):
         step, tokens, flops, seconds, run_id, since = (state[key] for key in ("step", "tokens", "flops", "seconds", "run_id", "since"))
         sums, skipped = state["sums"].to(device), state["skipped"].to(device)
     resumed = step if state is not None else None
+    if world > 1:
+        found = torch.tensor([step, -step], device=device)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        if found[0] != -found[1]:
+            raise UserError(f"ranks found checkpoints of steps {-found[1]} to {found[0]} in {out_dir}: all nodes must share this folder")
     if rank == 0:
         out_dir.mkdir(parents=True, exist_ok=True)
         (out_dir / "config.json").write_text(json.dumps(asdict(cfg), indent=1) + "\n")
@@ -325,18 +344,22 @@ def main(argv):
     run = start_wandb(cfg, run_id) if rank == 0 else None
     peak = peak_flops(device, dtype) * world
 
-    print0(f"data      {cfg.data}: {corpus.tokens:,} training tokens, {sum(v.tokens for v in validation.values()):,} for validation; unigram entropy {entropy:.3f} nats")
-    print0(f"model     {sum(p.numel() for p in decoder.parameters()):,} parameters, and {sum(p.numel() for p in learner.head.parameters()):,} in the episode head")
-    print0(f"update    {cfg.global_batch_size} sequences x {cfg.context} tokens = {cfg.global_batch_size * cfg.context:,}: {micro_steps} micro-steps x {cfg.batch_size} sequences x {world} rank{'s' * (world > 1)}")
+    held_out = sum(split.tokens for split in validation.values())
+    sizes = [sum(p.numel() for p in module.parameters()) for module in (decoder, learner.head)]
+    print0(f"data      {cfg.data}: {corpus.tokens:,} training tokens, {held_out:,} for validation; unigram entropy {entropy:.3f} nats")
+    print0(f"model     {sizes[0]:,} parameters, and {sizes[1]:,} in the episode head")
+    print0(f"update    {cfg.global_batch_size} sequences x {cfg.context} tokens = {cfg.global_batch_size * cfg.context:,}: "
+           f"{micro_steps} micro-steps x {cfg.batch_size} sequences x {ranks}")
     if episodes is not None:
-        print0(f"episodes  {cfg.meta_share:.0%} of micro-steps from update {cfg.meta_start} on: {cfg.ways}-way {cfg.shots}-shot, {cfg.queries} quer{'y' if cfg.queries == 1 else 'ies'}, {cfg.inner_steps} inner steps at {cfg.inner_lr:g}; chance {1 / cfg.ways:.3f}, ln N = {math.log(cfg.ways):.3f}")
+        print0(f"episodes  {cfg.meta_share:.0%} of micro-steps from step {cfg.meta_start} on: {cfg.ways}-way {cfg.shots}-shot, queries "
+               f"{cfg.queries} a word, {cfg.inner_steps} inner steps at {cfg.inner_lr:g}; chance {1 / cfg.ways:.3f}, ln N {ln_n:.3f}")
     if resumed is not None:
         print0(f"resume    from {out_dir}/ckpt_{step:06d}.pt" + (": the run is finished" if step >= cfg.max_steps else ""))
     print0(end="", flush=True)
 
     def log(name, line):
         if rank == 0:
-            line = {"step": step, "tokens": tokens} | line
+            line = {"step": step, "tokens": tokens} | {key: value for key, value in line.items() if math.isfinite(value)}  # JSON has no NaN
             with open(out_dir / name, "a") as file:
                 file.write(json.dumps(line) + "\n")
             if run is not None:
@@ -380,15 +403,17 @@ def main(argv):
             means = [float(np.mean([v for k, v in metrics.items() if k.startswith(prefix)])) for prefix in ("rank/resid/", "entropy/")]
             arrows = ["" if last is None else " up" if new > last else " down" for new, last in zip(means, (last_rank, last_entropy))]
             last_rank, last_entropy = means
-            print0(f"step {step:>6} | probe: effective rank of the residual stream {means[0]:.1f}{arrows[0]} | attention entropy {means[1]:.3f}{arrows[1]} (means over layers)", flush=True)
+            print0(f"step {step:>6} | probe, means over layers: effective rank of the residual stream {means[0]:.1f}{arrows[0]}, "
+                   f"attention entropy {means[1]:.3f}{arrows[1]}", flush=True)
         if world > 1:  # a signal reaches the ranks at different times: stop together
             flag = torch.tensor([int(stop)])
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
             stop = bool(flag.item())
         if rank == 0 and step != resumed and (due(cfg.checkpoint_every) or stop or step == cfg.max_steps):
             checkpoint.save(out_dir, {
-                "model": decoder.state_dict(), "head": learner.head.state_dict(), "optimizer": optimizer.state_dict(), "config": asdict(cfg),
-                "step": step, "tokens": tokens, "flops": flops, "seconds": seconds, "run_id": run_id, "since": since, "sums": sums, "skipped": skipped,
+                "model": decoder.state_dict(), "head": learner.head.state_dict(), "optimizer": optimizer.state_dict(),
+                "config": asdict(cfg), "step": step, "tokens": tokens, "flops": flops, "seconds": seconds, "run_id": run_id,
+                "since": since, "sums": sums, "skipped": skipped,
             }, cfg.keep, cfg.keep_every)
         if stop or step >= cfg.max_steps:
             break
@@ -411,13 +436,14 @@ def main(argv):
             read = batch.ids.numel() if is_lm else batch.support.numel() + batch.query.numel()
             cost = learner.flops(batch) * world
             tokens, flops = tokens + read * world * is_lm, flops + cost
-            since["tokens"], since["flops"], since["episodes"] = since["tokens"] + read * world, since["flops"] + cost, since["episodes"] + (not is_lm)
+            for key, amount in (("tokens", read * world), ("flops", cost), ("episodes", not is_lm)):
+                since[key] += amount
         if world > 1:
             dist.all_reduce(update)
-        sums += update
         norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)
         bad = (~torch.isfinite(norm)).float()
         skipped = torch.stack((skipped[0] + bad, (skipped[1] + 1) * bad))
+        sums += update.where(bad == 0, 0)
         for group in optimizer.param_groups:
             group["lr"] = lr_at(cfg, step)
         # The way GradScaler makes fused AdamW leave an update out, which needs no wait for the device.
@@ -434,18 +460,27 @@ def main(argv):
         if step % cfg.log_every == 0 or step == cfg.max_steps:
             means = {name: total / count for name, total, count in zip(METRICS, *sums.tolist()) if count}
             line = {"flops": flops, "seconds": seconds, **means, "lr": lr_at(cfg, step - 1), "grad_norm": norm.item(),
-                    "tok_per_s": since["tokens"] / since["seconds"], "mfu": since["flops"] / since["seconds"] / peak, "skipped": int(skipped[0])}
+                    "tok_per_s": since["tokens"] / since["seconds"], "mfu": since["flops"] / since["seconds"] / peak,
+                    "skipped": int(skipped[0])}
             log("log.jsonl", line)
             share = since["episodes"] / (since["steps"] * micro_steps)
-            print0(f"step {step:>6} | loss {means.get('train/loss', math.nan):.4f}"
-                   + (f" | query {means['meta/query_loss']:.3f} acc {means['meta/query_acc']:.3f} (unadapted {means['meta/query_acc_unadapted']:.3f})" if share else "")
-                   + f" | lr {line['lr']:.2e} | grad {line['grad_norm']:.2f} | {1000 * since['seconds'] / since['steps']:.0f} ms | {line['tok_per_s']:,.0f} tok/s | MFU {line['mfu']:.0%}"
-                   + (f" | episodes {share:.0%}" if episodes is not None else "") + (f" | skipped {int(skipped[0])}" if skipped[0] else ""), flush=True)
+            parts = [f"step {step:>6}", "loss " + (f"{means['train/loss']:.4f}" if "train/loss" in means else "-")]
+            if "meta/query_loss" in means:
+                parts += [f"query {means['meta/query_loss']:.3f} acc {means['meta/query_acc']:.3f} "
+                          f"(unadapted {means['meta/query_acc_unadapted']:.3f})"]
+            parts += [f"lr {line['lr']:.2e}", f"grad {line['grad_norm']:.2f}", f"{1000 * since['seconds'] / since['steps']:.0f} ms",
+                      f"{line['tok_per_s']:,.0f} tok/s", f"MFU {line['mfu']:.0%}"]
+            parts += [f"episodes {share:.0%}"] * (episodes is not None) + [f"skipped {line['skipped']}"] * (line["skipped"] > 0)
+            print0(" | ".join(parts), flush=True)
             if skipped[1] >= MAX_SKIPPED:
-                raise UserError(f"the gradient was not finite in {int(skipped[1])} updates in a row (step {step}); they were skipped. Lower lr = {cfg.lr} or inner_lr = {cfg.inner_lr}; checkpoints are in {out_dir}")
-            stuck = since["stuck"] + (step >= cfg.warmup_steps and means.get("meta/query_loss", 0) > 0.99 * math.log(cfg.ways))
-            if stuck == 5:
-                print0(f"warning: the adapted query loss has stayed at ln N = {math.log(cfg.ways):.3f}: episodes teach nothing; try another inner_lr, a later meta_start, or fewer ways", flush=True)
+                raise UserError(f"the gradient was not finite in {int(skipped[1])} updates in a row (step {step}); they were skipped. "
+                                f"Lower lr = {cfg.lr} or inner_lr = {cfg.inner_lr}; checkpoints are in {out_dir}")
+            stuck = since["stuck"]  # log lines in a row; no verdict while the learning rate is still small
+            if "meta/query_loss" in means and step > cfg.warmup_steps:
+                stuck = stuck + 1 if means["meta/query_loss"] > 0.99 * ln_n else 0
+                if stuck == 5:
+                    print0(f"warning: the adapted query loss stays at ln N = {ln_n:.3f}: the episodes teach nothing; "
+                           "try another inner_lr, a later meta_start, or fewer ways", flush=True)
             since = dict.fromkeys(since, 0) | {"stuck": stuck}
             sums = torch.zeros_like(sums)
 
@@ -455,12 +490,14 @@ def main(argv):
     if stop and step < cfg.max_steps:
         print0(f"stopped   at step {step}; the same command goes on from there")
     elif resumed != step:
-        print0(f"done      validation loss {val_loss:.3f}, where knowing only how frequent each token is gives {entropy:.3f}")
+        loss = f"validation loss {val_loss:.3f}, where" if math.isfinite(val_loss) else "not evaluated;"
+        print0(f"done      {loss} knowing only how frequent each token is gives {entropy:.3f}")
         if tokenizer is not None and rank == 0:
             prompt = torch.tensor([tokenizer.encode_ordinary("The function returns")], device=device)
-            text = tokenizer.decode([i for i in decoder.generate(prompt, 40, temperature=0.8, top_k=50, generator=torch.Generator(device).manual_seed(cfg.seed))[0].tolist() if i < tokenizer.n_vocab])
-            print0(f"sample    {text!r}")
-    print0(f"files     {out_dir}: checkpoint ckpt_{step:06d}.pt, log.jsonl (losses), probes.jsonl (ranks and entropies), config.json", flush=True)
+            ids = decoder.generate(prompt, 40, temperature=0.8, top_k=50, generator=torch.Generator(device).manual_seed(cfg.seed))
+            print0(f"sample    {tokenizer.decode([i for i in ids[0].tolist() if i < tokenizer.n_vocab])!r}")
+    print0(f"files     {out_dir / f'ckpt_{step:06d}.pt'} (checkpoint), {out_dir / 'log.jsonl'} (losses), "
+           f"{out_dir / 'probes.jsonl'} (effective ranks, attention entropies)", flush=True)
     if run is not None:
         try:
             run.finish()

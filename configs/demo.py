@@ -1,19 +1,31 @@
+# A laptop's five minutes: 3.7M parameters on the documentation that every Python installation has on disk (2.6 M tokens).
+# python train.py configs/demo.py
+# torchrun --standalone --nproc_per_node=2 train.py configs/demo.py --out_dir=out/demo2
+out_dir = "out/demo"
+
 d_model = 192
 n_layers = 4
 n_heads = 6
 n_kv_heads = 2
-vocab_size = 4096
+vocab_size = 4096  # the tokenizer learned from the corpus
 context = 128
-out_dir = "out/demo"
-max_steps = 400
+
+# 32 sequences x 128 tokens = 4,096 tokens per update, in 4 micro-steps of 8; 2 draws, so 2 micro-steps are of one kind.
+# An episode is 16 x (4 + 2) windows x 32 = 3,072 tokens and takes about as long as 1,024 tokens of next-token prediction.
 global_batch_size = 32
-batch_size = 16
-meta_draws = 2
-lr = 2e-3
+batch_size = 8
+max_steps = 340
+
+# Measured on runs of this length: validation loss 4.7 with this rate, 5.0 with 2e-3.
+lr = 4e-3
 warmup_steps = 40
-meta_start = 80
+
+# Episodes start when the features say something; the rate of the inner loop is the default, 0.1 (README, "How an episode ...").
+meta_start = 100
+ways = 16
 window = 32
 queries = 2
-eval_every = 100
-probe_every = 50
-checkpoint_every = 200
+
+eval_every = 85
+probe_every = 85
+checkpoint_every = 170

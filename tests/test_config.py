@@ -54,7 +54,7 @@ def test_a_wrong_file_is_told_in_one_line(tmp_path, text, says):
     (["--d_model=100"], "d_model = 100 must be an even multiple of n_heads = 12"), (["--n_kv_heads=5"], "n_heads = 12 must be a multiple of n_kv_heads = 5"),
     (["--batch_size=100"], "global_batch_size = 256 must be a multiple of batch_size = 100"), (["--window=4096"], "window = 4096 must lie in 2 to context = 2048"),
     (["--adapt=("], "adapt = '(' is neither"), (["--ways=1"], "ways must be at least 2, got 1"), (["--meta_share=2"], "meta_share must lie in [0, 1], got 2.0"),
-    (["--head_start=one"], "head_start must be one of zero, shared, random"), (["--log_every=0"], "log_every must be at least 1, got 0"), (["--lr=0"], "lr must be positive"),
+    (["--head_start=one"], "head_start must be one of zero, random"), (["--log_every=0"], "log_every must be at least 1, got 0"), (["--lr=0"], "lr must be positive"),
 ])
 def test_fields_that_do_not_go_together_are_told_with_both_numbers(flags, says):
     with pytest.raises(UserError) as error:

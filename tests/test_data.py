@@ -66,7 +66,7 @@ def test_bad_bins_are_refused_in_one_line(tmp_path):
     refuses(lambda: Corpus([path]).check(700), str(path), "token id 700 is outside the vocabulary of 700")
     refuses(lambda: open_corpus(tmp_path / "none"), "no data at", "python data.py")
     odd.unlink()
-    refuses(lambda: open_corpus(tmp_path), "holds no validation bins")
+    refuses(lambda: open_corpus(tmp_path), "holds no val bins")
 
 
 # ---- sequences ----
