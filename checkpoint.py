@@ -22,21 +22,27 @@ def step_of(path):
 
 
 def save(out_dir, state, keep, keep_every=0):
-    """Writes `state` (a dict with "step") so that a crash leaves either the whole file or none, then deletes what is neither
-    among the newest `keep` nor a multiple of `keep_every` (0: no such)."""
+    """Writes `state` (a dict with "step") so that a crash leaves either the whole file or none. Then deletes later steps (a future that
+    a resume gave up), and earlier ones that are neither among the newest `keep` nor multiples of `keep_every` (0: no such)."""
     path = Path(out_dir, f"ckpt_{state['step']:06d}.pt")
     partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # PyTorch turns a full disk into a RuntimeError
+        partial.unlink(missing_ok=True)
+        raise UserError(f"cannot write checkpoint {path}: {str(error).splitlines()[0]}") from None
     if hasattr(os, "O_DIRECTORY"):  # the rename itself must reach the disk; Windows has no such call
         folder = os.open(out_dir, os.O_DIRECTORY)
         os.fsync(folder)
         os.close(folder)
-    for old in paths(out_dir)[:-keep]:
-        if not keep_every or step_of(old) % keep_every:
+    steps = [step_of(old) for old in paths(out_dir) if step_of(old) <= state["step"]]
+    for old in paths(out_dir):
+        step = step_of(old)
+        if step not in steps or step not in steps[-keep:] and (not keep_every or step % keep_every):
             old.unlink()
     return path
 
@@ -50,17 +56,22 @@ def read(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}") from None
-    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError) as error:
-        raise UserError(f"checkpoint {path} is damaged: {str(error).splitlines()[0]}") from None
+    except UserError:
+        raise
+    except Exception as error:  # zipfile, pickle and PyTorch each have their own
+        raise UserError(f"checkpoint {path} is damaged: {type(error).__name__}: {(str(error) or '-').splitlines()[0]}") from None
 
 
 def newest(out_dir):
-    """The state of the newest checkpoint that is whole, or None where there is none; a damaged one is told on stderr and passed over."""
+    """The state of the newest checkpoint that is whole, or None where there is none. A damaged one is told on stderr and passed over;
+    UserError where all are."""
     for path in reversed(paths(out_dir)):
         try:
             return read(path)
         except UserError as error:
             print(f"warning: {error}; trying the one before", file=sys.stderr, flush=True)
+    if paths(out_dir):
+        raise UserError(f"every checkpoint in {out_dir} is damaged: restore one, or start afresh in another folder")
     return None
 
 
@@ -69,6 +80,7 @@ def load_model(path):
     state = newest(path) if Path(path).is_dir() else read(path)
     if state is None:
         raise UserError(f"no checkpoint in {path}: a run writes ckpt_*.pt there")
-    decoder = Decoder(ModelConfig(**{field.name: state["config"][field.name] for field in fields(ModelConfig)}))
+    cfg = ModelConfig(**{field.name: state["config"][field.name] for field in fields(ModelConfig)})
+    decoder = Decoder(cfg, torch.Generator())  # a generator of its own, so that the caller's random numbers stay as they are
     decoder.load_state_dict(state["model"])
     return decoder.eval()

@@ -2,7 +2,8 @@
 
     python data.py --out=data/mine --source=corpus/                 # .txt, .md, .jsonl, each also .gz; files or folders
     python data.py --out=data/mine --source=a.txt,b.jsonl.gz --val=news.txt,blogs.txt --vocab_size=8192
-    python data.py --out=data/fineweb --source=HuggingFaceFW/fineweb-edu --tokenizer=gpt2           # Hugging Face; pip install datasets
+    python data.py --out=data/fineweb --source=HuggingFaceFW/fineweb-edu:sample-10BT --max_tokens=4_000_000_000 --tokenizer=gpt2
+                                                                    # a Hugging Face dataset, streamed; pip install datasets
     python data.py                                                  # the embedded corpus: this installation's own documentation
 
 A bin is 256 int32 (magic 20240520, version 1, token count), then uint16 tokens: the layout of llm.c and modded-nanogpt.
@@ -22,6 +23,7 @@ import sys
 import sysconfig
 import time
 import warnings
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -63,7 +65,11 @@ def load_tokenizer(source):
         if not path.exists():
             raise UserError(f"no tokenizer at {source}: give 'gpt2' or a folder that holds a tokenizer.json")
         path = path if path.is_file() else path / "tokenizer.json"
-        spec = json.loads(path.read_text()) if path.exists() else {"name": "gpt2"}
+        try:
+            spec = json.loads(path.read_text()) if path.exists() else {"name": "gpt2"}
+            spec["name"] == "gpt2" or (spec["pattern"], spec["tokens"])
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path} is no tokenizer that data.py wrote; remove it where the bins hold GPT-2 tokens") from None
     if spec["name"] == "gpt2":
         try:
             gpt2 = tiktoken.get_encoding("gpt2")
@@ -96,14 +102,18 @@ def train_tokenizer(documents, vocab_size):
 
 @functools.lru_cache(maxsize=1)
 def word_tables(tokenizer):
-    """Two (n_vocab,) bool arrays: the token is a space and letters, so it may be a whole word; it would continue a word before it."""
+    """Three (n_vocab,) arrays: may the token be a whole word (a space and letters); would it continue a word before it; and a number
+    that tokens share which spell the same word, with or without the space, in whatever case."""
     word, continues = np.zeros((2, tokenizer.n_vocab), bool)
+    spelling, numbers = np.arange(tokenizer.n_vocab), {}
     for token in tokenizer.token_byte_values():
         text = token.decode(errors="replace")
         i = tokenizer.encode_single_token(token)
         word[i] = len(text) > 2 and text[0] == " " and text[1:].isalpha()
         continues[i] = text[0].isalpha() or text[0] == "\ufffd"
-    return word, continues
+        if text.strip().isalpha():
+            spelling[i] = numbers.setdefault(text.strip().lower(), i)
+    return word, continues, spelling
 
 
 # ---- preparing a corpus -------------------------------------------------------------------------------------------------------------
@@ -111,11 +121,12 @@ def word_tables(tokenizer):
 @dataclass(frozen=True)
 class Prepare:
     out: str = EMBEDDED  # folder to write; must not exist yet
-    source: str = ""  # comma-separated files, folders or one Hugging Face dataset; empty: this installation's documentation
+    source: str = ""  # comma-separated files, folders or Hugging Face datasets (name or name:subset); empty: documentation found here
     val: str = ""  # comma-separated files, each a validation domain of its own; empty: hold out val_share of the documents
     val_share: float = 0.02  # share of the documents held out where val is empty
     tokenizer: str = "train"  # train: a byte-pair encoding learned from the corpus; gpt2; or a folder that holds a tokenizer.json
     vocab_size: int = 4096  # ids of a tokenizer trained here, its 2 special tokens included
+    max_tokens: int = 0  # stop after this many training tokens; 0: read all
     shard_tokens: int = 100_000_000  # tokens of a shard, 2 bytes each
     text_key: str = "text"  # the field of .jsonl files and datasets that holds the text
 
@@ -124,8 +135,10 @@ class Prepare:
             raise UserError(f"val_share must lie in [0, 1), got {self.val_share}")
         if not 258 <= self.vocab_size <= 65536:
             raise UserError(f"vocab_size must lie in 258 (the bytes and 2 special tokens) to 65536 (uint16), got {self.vocab_size}")
-        if self.shard_tokens < 1:
-            raise UserError(f"shard_tokens must be at least 1, got {self.shard_tokens}")
+        if not 1 <= self.shard_tokens < 2**31:
+            raise UserError(f"shard_tokens must lie in 1 to {2**31 - 1} (the header counts in int32), got {self.shard_tokens}")
+        if self.max_tokens < 0:
+            raise UserError(f"max_tokens must not be negative, got {self.max_tokens}")
 
 
 @functools.lru_cache(maxsize=1)
@@ -149,7 +162,7 @@ def embedded_documents():
             if skip.isdisjoint(path.relative_to(folder).parts):
                 try:
                     text = "\n\n".join(filter(None, docstrings(ast.parse(path.read_bytes()))))
-                except (SyntaxError, ValueError):  # templates and the like
+                except (SyntaxError, ValueError, OSError):  # templates, dangling links and the like
                     continue
                 if len(text) > 200:
                     documents.append(text)
@@ -158,11 +171,35 @@ def embedded_documents():
     return documents
 
 
-def read_documents(source, key):
-    """The documents of a file, of the files of a folder in sorted order, or of a Hugging Face dataset (streamed).
+def read_file(path, key):
+    """The documents of one text or .jsonl file; in text, two blank lines part them, and one of over 1 M characters is cut."""
+    lines = (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", errors="replace")
+    with lines:
+        if ".jsonl" in path.suffixes:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    text = json.loads(line)[key]
+                except (ValueError, KeyError, TypeError):
+                    raise UserError(f"{path}, line {number}: no JSON object with a {key!r} field: {line[:60]!r}") from None
+                if not isinstance(text, str):
+                    raise UserError(f"{path}, line {number}: {key!r} is no text: {text!r:.60}")
+                yield text
+        else:
+            buffer, size, blank = [], 0, 0
+            for line in iter(lambda: lines.readline(2**20), ""):
+                blank = 0 if line.strip() else blank + 1
+                buffer.append(line)
+                size += len(line)
+                if blank == 2 or size > 2**20:
+                    yield "".join(buffer).strip()
+                    buffer, size = [], 0
+            yield "".join(buffer).strip()
 
-    In text files two blank lines part documents, and one that is longer than 1 MB is cut at a line's end, so memory stays bounded.
-    """
+
+def read_documents(source, key):
+    """The documents of a file, of the files of a folder in sorted order, or of a Hugging Face dataset (streamed); memory stays bounded."""
     path = Path(source)
     if path.is_dir():
         files = [file for file in sorted(path.rglob("*")) if re.search(r"\.(txt|md|jsonl)(\.gz)?$", file.name)]
@@ -171,36 +208,18 @@ def read_documents(source, key):
         for file in files:
             yield from read_documents(file, key)
     elif path.is_file():
-        lines = (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", errors="replace")
-        with lines:
-            if ".jsonl" in path.suffixes:
-                for number, line in enumerate(lines, 1):
-                    if not line.strip():
-                        continue
-                    try:
-                        text = json.loads(line)[key]
-                    except (ValueError, KeyError, TypeError):
-                        raise UserError(f"{path}, line {number}: no JSON object with a {key!r} field: {line[:60]!r}") from None
-                    if not isinstance(text, str):
-                        raise UserError(f"{path}, line {number}: {key!r} is no text: {text!r:.60}")
-                    yield text
-            else:
-                buffer, size, blank = [], 0, 0
-                for line in lines:
-                    blank = 0 if line.strip() else blank + 1
-                    buffer.append(line)
-                    size += len(line)
-                    if blank == 2 or size > 2**20:
-                        yield "".join(buffer).strip()
-                        buffer, size = [], 0
-                yield "".join(buffer).strip()
+        try:
+            yield from read_file(path, key)
+        except (OSError, EOFError, zlib.error) as error:  # no right to read it, or damaged gzip
+            raise UserError(f"cannot read {path}: {error}") from None
     else:
         try:
             import datasets
         except ImportError:
             raise UserError(f"{source} is no file or folder; if it is a Hugging Face dataset, pip install datasets first") from None
         try:
-            rows = datasets.load_dataset(str(source), split="train", streaming=True)
+            name, _, subset = str(source).partition(":")
+            rows = datasets.load_dataset(name, subset or None, split="train", streaming=True)
             for row in rows:
                 yield row[key]
         except Exception as error:  # network, name, field: whatever the library meets
@@ -244,6 +263,10 @@ def prepare(cfg):
     if out.exists():
         raise UserError(f"{out} is already there: remove it, or write elsewhere with --out=")
     sources = [source for source in cfg.source.split(",") if source]
+    ending = r"(\.val)?\.(txt|md|jsonl)(\.gz)?$"
+    domains = {name: re.sub(r"\W", "-", re.sub(ending, "", Path(name).name)) for name in cfg.val.split(",") if name}
+    if len(set(domains.values())) < len(domains):
+        raise UserError(f"val names two files alike ({', '.join(domains)}): each makes a validation domain of its name; rename one")
 
     def documents():
         texts = itertools.chain.from_iterable(read_documents(s, cfg.text_key) for s in sources) if sources else embedded_documents()
@@ -284,6 +307,8 @@ def prepare(cfg):
         def add_all(documents, split_of):
             waiting, sizes = {}, {}
             for i, text in enumerate(documents):
+                if cfg.max_tokens and "train" in writers and writers["train"].total >= cfg.max_tokens:
+                    break
                 split = split_of(i)
                 waiting.setdefault(split, []).append(text)
                 sizes[split] = sizes.get(split, 0) + len(text)
@@ -295,8 +320,7 @@ def prepare(cfg):
 
         every = round(1 / cfg.val_share) if cfg.val_share and not cfg.val else 0
         add_all(documents(), lambda i: "val" if every and i % every == every - 1 else "train")
-        for name in filter(None, cfg.val.split(",")):
-            domain = re.sub(r"\W", "-", re.sub(r"(\.val)?\.(txt|md|jsonl)(\.gz)?$", "", Path(name).name))
+        for name, domain in domains.items():
             add_all(filter(None, read_documents(name, cfg.text_key)), lambda i: f"val_{domain}")
         print("\r\033[K" if shown else "", end="", file=sys.stderr)
         if "train" not in writers:
@@ -356,17 +380,18 @@ class Corpus:
 def open_corpus(folder):
     """(train Corpus, {domain: validation Corpus}) of a folder of bins.
 
-    Files whose name holds `train` or `val` count; val_<domain>_000000.bin makes a domain of that name, other validation bins are "val".
+    `val` or `train` in a file's name, alone or after an underscore, tells the split, val first; val_<domain>_000000.bin makes a domain
+    of that name, other validation bins are "val".
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no data at {folder}: prepare it with python data.py --out={folder} --source=...")
     train, val = [], {}
     for path in sorted(folder.glob("*.bin")):
-        if "train" in path.name:
-            train.append(path)
-        elif match := re.search(r"val(?:_([^\d_].*?))?(?:_?\d+)?\.bin$", path.name):
+        if match := re.search(r"(?:^|_)val(?:_(?!\d{1,6}\.bin$)(.+?))?(?:_\d{1,6})?\.bin$", path.name):
             val.setdefault(match[1] or "val", []).append(path)
+        elif re.search(r"(?:^|_)train(?:_\d+)?\.bin$", path.name):
+            train.append(path)
     if not train or not val:
         missing = "val" if train else "train"
         raise UserError(f"{folder} holds no {missing} bins (*.bin with {missing} in the name)")
@@ -445,26 +470,26 @@ def eval_sequences(corpus, T, n):
 class Episodes:
     """Subset-Masked-LM episodes (Bansal et al. 2020, arXiv 2009.08445): N-way classification of which word was masked.
 
-    N words are drawn, and for each K support and Q query windows that end at the word and do not overlap; every occurrence of
-    the word in its window becomes <|mask|>. The label is the word's place in the order drawn, so it means nothing in the next
-    episode. A decoder reads the left context only, which is why a window ends at the mask.
+    N words are drawn, and for each K support and Q query windows that end at the word and share no position; every occurrence of the
+    word in its window becomes <|mask|>, also in another case or without the space. The label is the word's place in the order drawn,
+    so it means nothing in the next episode. A decoder reads the left context only, which is why a window ends at the mask.
     """
 
     def __init__(self, corpus, tokenizer, ways, shots, queries, window, seed):
         self.corpus, self.ways, self.shots, self.queries, self.window, self.seed = corpus, ways, shots, queries, window, seed
-        self.word, self.continues = word_tables(tokenizer)
+        self.word, self.continues, self.spelling = word_tables(tokenizer)
         self.mask_id = tokenizer.encode_single_token("<|mask|>")
         # Pieces are cut from the shards at a random offset; a short corpus has few, or one that is shorter.
         self.piece = min(PIECE, max(map(len, corpus.shards)))
         self.counts = np.array([max(1, len(shard) // self.piece - 1) if len(shard) >= self.piece else 0 for shard in corpus.shards])
         self.ends = np.cumsum(self.counts)
 
-    def pieces(self, rng):
-        """(n, piece) tokens of non-overlapping stretches of the corpus."""
+    def pieces(self, rng, most):
+        """(n, piece) tokens of at most `most` non-overlapping stretches of the corpus."""
         n = int(self.ends[-1])
         offset = rng.integers(self.piece)
         rows = []
-        for i in rng.choice(n, min(n, PIECES), replace=False):
+        for i in rng.choice(n, min(n, most), replace=False):
             shard = int(np.searchsorted(self.ends, i, side="right"))
             tokens = self.corpus.shards[shard]
             start = min(offset, len(tokens) - self.counts[shard] * self.piece) + (i - (self.ends[shard] - self.counts[shard])) * self.piece
@@ -475,8 +500,8 @@ class Episodes:
         """Windows (N, K + Q, window) of episode `index`, masked; row n holds the windows of label n, its support first."""
         rng = np.random.default_rng([self.seed, 1, index])
         need, found = self.shots + self.queries, 0
-        for _ in range(8):  # a draw that lands on odd text is drawn again
-            pieces = self.pieces(rng)
+        for attempt in range(8):  # where few words repeat, look in more text
+            pieces = self.pieces(rng, PIECES << attempt)
             following = np.roll(pieces, -1, axis=1)
             whole = self.word[pieces] & ~self.continues[following]
             whole[:, :self.window - 1] = whole[:, -1] = False  # no room for the window; the next token is not known
@@ -486,21 +511,22 @@ class Episodes:
             at, tokens = at[order], tokens[order]
             words, first, count = np.unique(tokens, return_index=True, return_counts=True)
             band = np.flatnonzero((count >= need) & (count <= max(need, MAX_SHARE * pieces.size)))
-            picked, windows = [], []
+            picked, windows, spelled = [], [], set()
             for j in rng.permutation(band):
                 places, last = [], -self.window
                 for place in at[first[j]:first[j] + count[j]]:
                     if place - last >= self.window:  # windows of a word share no position
                         places.append(place)
                         last = place
-                if len(places) < need:
+                if len(places) < need or self.spelling[words[j]] in spelled:
                     continue
                 picked.append(words[j])
+                spelled.add(self.spelling[words[j]])
                 windows.append(rng.permutation(places)[:need])
                 if len(picked) == self.ways:
                     ends = np.array(windows)[..., None]  # (N, K + Q, 1)
                     ids = pieces.ravel()[ends + np.arange(1 - self.window, 1)].astype(np.int64)
-                    ids[ids == np.array(picked)[:, None, None]] = self.mask_id
+                    ids[self.spelling[ids] == self.spelling[picked][:, None, None]] = self.mask_id
                     return ids
             found = max(found, len(picked))
         raise UserError(f"episodes: only {found} words have {need} windows of {self.window} tokens apart in {pieces.size:,} tokens, "

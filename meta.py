@@ -100,6 +100,8 @@ class Learner(nn.Module):
         self.adapted = {name for name in names if pattern.search(name)}
         if not self.adapted:
             raise UserError(f"adapt = {adapted!r} matches no parameter; names look like {names[1]} and {names[-1]}")
+        if head.out is None and "head.out.weight" not in self.adapted:
+            raise UserError(f"adapt = {adapted!r} leaves out head.out, which starts at zero: the logits would stay zero; add |head.out")
         self.head_only = all(name.startswith("head.") for name in self.adapted)
 
     def autocast(self):

@@ -12,10 +12,6 @@ import torch.nn.functional as F
 
 from config import UserError
 
-# The loss is computed over this many positions at a time, so that the float logits of only these exist at once.
-LOSS_CHUNK = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=1024, chunking_method=None)
-
-
 @dataclass(frozen=True)
 class ModelConfig:
     d_model: int = 96  # width of the residual stream
@@ -120,6 +116,38 @@ class Backbone(nn.Module):
         return self.norm(x)
 
 
+class OutputLoss(torch.autograd.Function):
+    """Mean cross-entropy of x W^T (x (n, D), W (V, D), targets (n,)), the logits of `rows` positions at a time: (n, V) is never held.
+
+    The gradients are made in the forward pass, while the logits are there, so nothing is computed twice. Matrix products in `dtype`,
+    the rest in float32 at least. (F.linear_cross_entropy, chunked, is as fast; it stays in float32 under autocast.)
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, dtype, rows, with_grad):
+        w, exact = weight.to(dtype), torch.promote_types(dtype, torch.float32)
+        total = x.new_zeros((), dtype=exact)
+        grad_x, grad_w = (torch.empty_like(x), torch.zeros_like(weight)) if with_grad else (x, weight)
+        for part, target, grad in zip(x.to(dtype).split(rows), targets.split(rows), grad_x.split(rows)):
+            logits = (part @ w.mT).to(exact)  # (rows, V)
+            right, top = logits.gather(1, target[:, None]), logits.amax(1, keepdim=True)
+            p = logits.sub_(top).exp_()
+            norm = p.sum(1, keepdim=True)
+            total += (norm.log() + top - right).sum()
+            if with_grad:  # d loss / d logits = softmax - one-hot
+                p = p.div_(norm).scatter_add_(1, target[:, None], -torch.ones_like(right)).to(dtype)
+                grad.copy_(p @ w)
+                grad_w.addmm_(p.mT, part) if p.dtype == grad_w.dtype else grad_w.add_(p.mT @ part)
+        ctx.save_for_backward(grad_x, grad_w)
+        return total / len(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_x, grad_w = ctx.saved_tensors
+        scale = grad / len(grad_x)
+        return grad_x * scale, grad_w * scale, None, None, None, None
+
+
 class Decoder(nn.Module):
     """The language model. `generator` draws the initial weights (None: the global generator)."""
 
@@ -148,7 +176,10 @@ class Decoder(nn.Module):
         x = self.hidden(ids)
         if targets is None:
             return self.lm_head(x)
-        return F.linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), options=LOSS_CHUNK)
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        rows = 256 if kind == "cpu" else 2048  # fit a cache; fill a GPU
+        return OutputLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), dtype, rows, torch.is_grad_enabled())
 
     def flops(self, T):
         """Multiply-adds x 2 of one token's forward pass in a sequence of T: (below the output layer, in the output layer).

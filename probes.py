@@ -11,9 +11,11 @@ import torch
 def effective_rank(x, proportional=False):
     """exp of the entropy of the singular values of x (m, n), normalised to sum 1: from 1 (rank one) to min(m, n) (all equal).
 
-    proportional: divided by min(m, n). Zero for a matrix of zeros. Through the Gram matrix in float64 (float32 where a device has none).
+    proportional: divided by min(m, n). Zero for a matrix of zeros, nan where x is not finite. Through the Gram matrix, in float64.
     """
-    x = x.detach().to(torch.float32 if x.device.type == "mps" else torch.float64)
+    x = (x.detach().cpu() if x.device.type == "mps" else x.detach()).double()  # MPS has neither float64 nor eigenvalues
+    if not x.isfinite().all():
+        return math.nan
     x = x if x.shape[0] >= x.shape[1] else x.mT
     sigma = torch.linalg.eigvalsh(x.mT @ x).clamp(min=0).sqrt()  # (min(m, n),)
     p = sigma / sigma.sum().clamp(min=torch.finfo(sigma.dtype).tiny)

@@ -15,7 +15,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -110,12 +110,12 @@ class Config(ModelConfig):
             raise UserError(f"adapt = {self.adapt!r} is neither head, all nor a regular expression: {error}") from None
 
 
-# May differ from the checkpoint on a resume: they leave the course of training as it is.
+# May differ from the checkpoint on a resume: they do not change what is computed (device, dtype and compile change how it rounds).
 FREE = {"out_dir", "log_every", "eval_every", "eval_sequences", "probe_every", "checkpoint_every", "keep", "keep_every",
         "wandb", "wandb_project", "device", "dtype", "compile"}
 MAX_SKIPPED = 10  # updates skipped in a row for a non-finite gradient that end a run
 METRICS = ("train/loss", "meta/query_loss", "meta/query_acc", "meta/query_acc_unadapted", "meta/support_acc")
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16 FLOP/s by the data sheets
+PEAK = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16 FLOP/s by data sheet
 
 
 def accumulation(cfg, world):
@@ -163,17 +163,19 @@ def lr_at(cfg, step):
 
 
 def pick_device(cfg):
-    """(torch.device, torch.dtype) for cfg.device and cfg.dtype."""
-    if cfg.device != "auto":
-        try:
-            device = torch.device(cfg.device)
-            torch.empty(0, device=device)
-        except Exception as error:  # RuntimeError, AssertionError: whatever the backend raises
-            raise UserError(f"device = {cfg.device!r} is not to be had here: {str(error).splitlines()[0]}") from None
-    elif torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    else:
-        device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    """(torch.device, torch.dtype) for cfg.device and cfg.dtype; each rank of a node takes a GPU of its own."""
+    name, alone = cfg.device, int(os.environ.get("WORLD_SIZE", 1)) == 1
+    if name == "auto":  # gloo, the only backend of ranks on a Mac, does not know MPS
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and alone else "cpu"
+    if not alone and name not in ("cuda", "cpu"):
+        raise UserError(f"device = {cfg.device!r} with several ranks: give cuda (each rank takes its own GPU) or cpu")
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except Exception as error:  # RuntimeError, AssertionError: whatever the backend raises
+        raise UserError(f"device {name} is not to be had here: {str(error).splitlines()[0]}") from None
     if cfg.dtype != "auto":
         return device, getattr(torch, cfg.dtype)
     if device.type == "cpu":  # without these instructions bfloat16 is emulated, a hundred times slower than float32
@@ -221,8 +223,10 @@ def start_wandb(cfg, run_id):
         return None
     try:
         import wandb
-        return wandb.init(project=cfg.wandb_project, name=Path(cfg.out_dir).name, config=asdict(cfg), mode=cfg.wandb, dir=cfg.out_dir,
+        run = wandb.init(project=cfg.wandb_project, name=Path(cfg.out_dir).name, config=asdict(cfg), mode=cfg.wandb, dir=cfg.out_dir,
                           id=run_id, resume="allow")
+        run.define_metric("*", step_metric="step")  # wandb's own step may not go back, as a resume does
+        return run
     except Exception as error:
         print(f"warning: training goes on without wandb: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return None
@@ -275,7 +279,11 @@ def main(argv):
     # Data: bins, tokenizer, fixed validation and probe batches
     if int(os.environ.get("LOCAL_RANK", 0)) == 0 and cfg.data == data.EMBEDDED and not Path(cfg.data).exists():
         print0(f"data      {cfg.data} is missing: preparing it from the documentation of Python, NumPy and PyTorch here", flush=True)
-        data.prepare(data.Prepare())
+        try:
+            data.prepare(data.Prepare())
+        except UserError:
+            if not Path(cfg.data, "meta.json").exists():  # else another node was first
+                raise
     if world > 1:
         dist.barrier()
     corpus, validation = data.open_corpus(cfg.data)
@@ -298,7 +306,8 @@ def main(argv):
         raise UserError(f"the tokenizer of {cfg.data} has {tokenizer.n_vocab} ids, vocab_size = {cfg.vocab_size}: raise vocab_size")
     if kinds.any():
         episodes = data.Episodes(corpus, tokenizer, cfg.ways, cfg.shots, cfg.queries, cfg.window, cfg.seed)
-        episodes.episode(0)  # fails here, not at meta_start
+        for index in range(8):
+            episodes.episode(index)  # text with too few words fails here, not at meta_start
 
     # Model, optimizer, and where they stand
     generator = torch.Generator().manual_seed(cfg.seed)
@@ -323,18 +332,25 @@ def main(argv):
         step, tokens, flops, seconds, run_id, since = (state[key] for key in ("step", "tokens", "flops", "seconds", "run_id", "since"))
         sums, skipped = state["sums"].to(device), state["skipped"].to(device)
     resumed = step if state is not None else None
+    del state  # three times the model
     if world > 1:
-        found = torch.tensor([step, -step], device=device)
+        found = torch.tensor([step, -step])
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
         if found[0] != -found[1]:
             raise UserError(f"ranks found checkpoints of steps {-found[1]} to {found[0]} in {out_dir}: all nodes must share this folder")
     if rank == 0:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        (out_dir / "config.json").write_text(json.dumps(asdict(cfg), indent=1) + "\n")
+        try:
+            out_dir.mkdir(parents=True, exist_ok=True)
+            (out_dir / "config.json").write_text(json.dumps(asdict(cfg), indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write to out_dir = {out_dir}: {error.strerror}") from None
         if tokenizer is not None:
             data.save_tokenizer(tokenizer, out_dir)
         for name in ("log.jsonl", "probes.jsonl"):
             forget_after(out_dir / name, -1 if resumed is None else resumed)
+    if compiled and not (cfg.first_order or learner.head_only):
+        compiled = False
+        print0("note      not compiled: torch.compile has no second derivative, which first_order=False needs of the layers")
     if compiled:
         for layer in decoder.model.layers:
             layer.compile(dynamic=False)
@@ -353,6 +369,8 @@ def main(argv):
     if episodes is not None:
         print0(f"episodes  {cfg.meta_share:.0%} of micro-steps from step {cfg.meta_start} on: {cfg.ways}-way {cfg.shots}-shot, queries "
                f"{cfg.queries} a word, {cfg.inner_steps} inner steps at {cfg.inner_lr:g}; chance {1 / cfg.ways:.3f}, ln N {ln_n:.3f}")
+    if cfg.warmup_steps >= cfg.max_steps > 0:
+        print0(f"note      max_steps = {cfg.max_steps} ends within warmup_steps = {cfg.warmup_steps}: the rate never gets to lr = {cfg.lr:g}")
     if resumed is not None:
         print0(f"resume    from {out_dir}/ckpt_{step:06d}.pt" + (": the run is finished" if step >= cfg.max_steps else ""))
     print0(end="", flush=True)
@@ -364,7 +382,7 @@ def main(argv):
                 file.write(json.dumps(line) + "\n")
             if run is not None:
                 try:
-                    run.log(line, step=step)
+                    run.log(line)
                 except Exception as error:
                     print(f"warning: wandb: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
 
@@ -384,8 +402,8 @@ def main(argv):
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     pool = ThreadPoolExecutor(1)
     ahead = pool.submit(build, step * micro_steps) if step < cfg.max_steps else None
-    last_rank = last_entropy = None
-    val_loss = math.nan
+    last_probe = None
+    val_loss, means = math.nan, {}
 
     def due(every):
         return every > 0 and step != resumed and (step % every == 0 or step == cfg.max_steps)
@@ -400,11 +418,11 @@ def main(argv):
         if due(cfg.probe_every) and rank == 0:
             metrics = probes.measure(decoder, probe_ids)
             log("probes.jsonl", metrics)
-            means = [float(np.mean([v for k, v in metrics.items() if k.startswith(prefix)])) for prefix in ("rank/resid/", "entropy/")]
-            arrows = ["" if last is None else " up" if new > last else " down" for new, last in zip(means, (last_rank, last_entropy))]
-            last_rank, last_entropy = means
-            print0(f"step {step:>6} | probe, means over layers: effective rank of the residual stream {means[0]:.1f}{arrows[0]}, "
-                   f"attention entropy {means[1]:.3f}{arrows[1]}", flush=True)
+            now = [float(np.mean([v for k, v in metrics.items() if k.startswith(prefix)])) for prefix in ("rank/resid/", "entropy/")]
+            way = [""] * 2 if last_probe is None else [" up" if new > last else " down" for new, last in zip(now, last_probe)]
+            last_probe = now
+            print0(f"step {step:>6} | probe, means over layers: effective rank of the residual stream {now[0]:.1f}{way[0]}, "
+                   f"attention entropy {now[1]:.3f}{way[1]}", flush=True)
         if world > 1:  # a signal reaches the ranks at different times: stop together
             flag = torch.tensor([int(stop)])
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
@@ -424,7 +442,7 @@ def main(argv):
         for micro in range(micro_steps):
             at = step * micro_steps + micro
             batch, ahead = ahead.result(), pool.submit(build, at + 1) if at + 1 < cfg.max_steps * micro_steps else None
-            batch = type(batch)(*(t.to(device, non_blocking=True) for t in batch))
+            batch = type(batch)(*(t.to(device, non_blocking=device.type == "cuda") for t in batch))  # from pinned memory there
             is_lm = isinstance(batch, data.LMBatch)
             with model.no_sync() if world > 1 and micro < micro_steps - 1 else nullcontext():
                 loss, metrics = model(batch)
@@ -441,14 +459,15 @@ def main(argv):
         if world > 1:
             dist.all_reduce(update)
         norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)
-        bad = (~torch.isfinite(norm)).float()
+        bad = (~(torch.isfinite(norm) & torch.isfinite(update).all())).float()
         skipped = torch.stack((skipped[0] + bad, (skipped[1] + 1) * bad))
         sums += update.where(bad == 0, 0)
         for group in optimizer.param_groups:
             group["lr"] = lr_at(cfg, step)
-        # The way GradScaler makes fused AdamW leave an update out, which needs no wait for the device.
-        optimizer.grad_scale, optimizer.found_inf = None, bad
-        optimizer.step()
+        if device.type == "cuda":  # the way GradScaler makes fused AdamW leave an update out, without waiting for the device
+            optimizer.grad_scale, optimizer.found_inf = None, bad
+        if device.type == "cuda" or not bad:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
         since["steps"] += 1
@@ -472,9 +491,6 @@ def main(argv):
                       f"{line['tok_per_s']:,.0f} tok/s", f"MFU {line['mfu']:.0%}"]
             parts += [f"episodes {share:.0%}"] * (episodes is not None) + [f"skipped {line['skipped']}"] * (line["skipped"] > 0)
             print0(" | ".join(parts), flush=True)
-            if skipped[1] >= MAX_SKIPPED:
-                raise UserError(f"the gradient was not finite in {int(skipped[1])} updates in a row (step {step}); they were skipped. "
-                                f"Lower lr = {cfg.lr} or inner_lr = {cfg.inner_lr}; checkpoints are in {out_dir}")
             stuck = since["stuck"]  # log lines in a row; no verdict while the learning rate is still small
             if "meta/query_loss" in means and step > cfg.warmup_steps:
                 stuck = stuck + 1 if means["meta/query_loss"] > 0.99 * ln_n else 0
@@ -484,6 +500,10 @@ def main(argv):
             since = dict.fromkeys(since, 0) | {"stuck": stuck}
             sums = torch.zeros_like(sums)
 
+        if step % MAX_SKIPPED == 0 and skipped[1] >= MAX_SKIPPED:
+            raise UserError(f"the gradient was not finite in {int(skipped[1])} updates in a row (step {step}); they were skipped. "
+                            f"Lower lr = {cfg.lr} or inner_lr = {cfg.inner_lr}; checkpoints are in {out_dir}")
+
     for number, handler in handlers.items():
         signal.signal(number, handler)
     pool.shutdown()
@@ -492,9 +512,13 @@ def main(argv):
     elif resumed != step:
         loss = f"validation loss {val_loss:.3f}, where" if math.isfinite(val_loss) else "not evaluated;"
         print0(f"done      {loss} knowing only how frequent each token is gives {entropy:.3f}")
+        if "meta/query_acc" in means:
+            print0(f"          query accuracy {means['meta/query_acc']:.3f} after adaptation, {means['meta/query_acc_unadapted']:.3f} "
+                   f"before it; chance {1 / cfg.ways:.3f}")
         if tokenizer is not None and rank == 0:
             prompt = torch.tensor([tokenizer.encode_ordinary("The function returns")], device=device)
-            ids = decoder.generate(prompt, 40, temperature=0.8, top_k=50, generator=torch.Generator(device).manual_seed(cfg.seed))
+            with torch.compiler.set_stance("force_eager"):  # each length would be compiled anew
+                ids = decoder.generate(prompt, 40, 0.8, top_k=50, generator=torch.Generator(device).manual_seed(cfg.seed))
             print0(f"sample    {tokenizer.decode([i for i in ids[0].tolist() if i < tokenizer.n_vocab])!r}")
     print0(f"files     {out_dir / f'ckpt_{step:06d}.pt'} (checkpoint), {out_dir / 'log.jsonl'} (losses), "
            f"{out_dir / 'probes.jsonl'} (effective ranks, attention entropies)", flush=True)

@@ -35,6 +35,29 @@ def test_load_model_takes_a_run_or_a_file(tmp_path):
         checkpoint.load_model(tmp_path / "ckpt_000009.pt")
 
 
+def test_a_save_never_deletes_itself_and_drops_the_steps_that_a_resume_gave_up(tmp_path):
+    """Pruning once counted damaged files of later steps among the newest, and so deleted what it had just written."""
+    for step in (1000, 1250, 1500):
+        checkpoint.save(tmp_path, state(step), keep=5)
+    (tmp_path / "ckpt_001500.pt").write_bytes(b"")
+    checkpoint.save(tmp_path, state(1100), keep=1, keep_every=1000)
+    assert [checkpoint.step_of(path) for path in checkpoint.paths(tmp_path)] == [1000, 1100]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_afresh(tmp_path):
+    """It once did, and emptied the logs."""
+    assert checkpoint.newest(tmp_path) is None
+    for step in (1, 2):
+        checkpoint.save(tmp_path, state(step), keep=5).write_bytes(b"PK")
+    with pytest.raises(UserError, match="every checkpoint in .* is damaged"):
+        checkpoint.newest(tmp_path)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_in_one_line(tmp_path):
+    with pytest.raises(UserError, match="cannot write checkpoint .*nowhere"):
+        checkpoint.save(tmp_path / "nowhere", state(1), keep=1)
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
 def test_a_damaged_newest_is_told_and_the_one_before_is_used(tmp_path, capsys, damage):
     """PyTorch loads a file with a flipped bit in its weights without a word."""

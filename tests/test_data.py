@@ -1,3 +1,4 @@
+import base64
 import gzip
 import json
 
@@ -48,6 +49,17 @@ def test_validation_bins_are_grouped_by_domain(tmp_path):
     for name in ("train_000000", "val_news-2_000000", "val_news-2_000001", "val_blogs_000000"):
         write_bin(tmp_path / f"{name}.bin", [1, 2])
     assert {name: len(split.paths) for name, split in open_corpus(tmp_path)[1].items()} == {"news-2": 2, "blogs": 1}
+
+
+@pytest.mark.parametrize("name, domain", [("constraints.txt", "constraints"), ("2024news.val.txt", "2024news"), ("2024.md", "2024"), ("train.jsonl", "train"), ("a_val.txt", "a_val")])
+def test_a_validation_file_of_any_name_stays_out_of_training(tmp_path, name, domain):
+    """`"train" in path.name` once took val_constraints_000000.bin for training data."""
+    text = "\n\n\n".join(f"some words, and the word {i}" for i in range(50))
+    (tmp_path / "text.txt").write_text(text)
+    (tmp_path / name).write_text(json.dumps({"text": text}) if name.endswith("jsonl") else text)
+    _, train, val = prepare(tmp_path, source=str(tmp_path / "text.txt"), val=str(tmp_path / name))
+    assert list(val) == [domain] and [path.name for path in train.paths] == ["train_000000.bin"]
+    refuses(lambda: prepare(tmp_path, out=str(tmp_path / "other"), val=f"x/{name},{name}"), "names two files alike")
 
 
 def test_bad_bins_are_refused_in_one_line(tmp_path):
@@ -141,6 +153,34 @@ def test_episodes_hold_n_distinct_words_masked_in_windows_of_the_corpus_that_do_
         assert len(set(words)) == 6
 
 
+def test_a_word_in_another_case_or_without_its_space_is_masked_too_and_never_a_second_class(tmp_path):
+    """Only the drawn token was masked once; "The" or "(the" then gave the word away."""
+    words = [f" {a}{b}{c}" for a in "abcdefgh" for b in "ijklmnop" for c in "qrstuvwx"]  # 512
+    forms = [form for word in words for form in (word, word[1:], word.title(), word[1:].title())]
+    tokens = [bytes([i]) for i in range(256)] + [form.encode() for form in forms]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"name": "forms", "pattern": data.PATTERN, "tokens": [base64.b64encode(token).decode() for token in tokens]}))
+    rng = np.random.default_rng(0)
+    ids = 256 + 4 * np.tile(rng.integers(0, 512, (4000, 1, 10)), (1, 3, 1)).ravel() + rng.integers(0, 4, 120_000)  # thrice, 10 apart
+    ids[1::2] = ord(".")  # ... and apart, so that forms without a space end a word
+    write_bin(tmp_path / "train.bin", ids)
+    write_bin(tmp_path / "val.bin", [1, 2])
+    tokenizer = data.load_tokenizer(str(tmp_path))
+    maker = Episodes(open_corpus(tmp_path)[0], tokenizer, 40, 3, 2, 16, 0)
+    contexts = np.lib.stride_tricks.sliding_window_view(maker.corpus.shards[0], 16)
+    seen, several = set(), 0
+    for windows in maker.episode(0):
+        for window in windows:
+            place = np.flatnonzero(((contexts == window) | (window == maker.mask_id)).all(1))
+            word = {tokenizer.decode([int(contexts[i][-1])]).strip().lower() for i in place}
+            masked = {tokenizer.decode([int(t)]).strip().lower() for i in place for t in contexts[i][window == maker.mask_id]}
+            assert len(word) == 1 and masked == word
+            assert not any(tokenizer.decode([int(t)]).strip().lower() in word for t in window[window != maker.mask_id])
+            several += (window == maker.mask_id).sum() > 1
+        assert not word & seen
+        seen |= word
+    assert several > 10
+
+
 def test_every_occurrence_of_the_word_is_masked(toy, tmp_path):
     """A corpus where ten words come three times over, so that a window of 16 that ends at the last holds its word twice."""
     rng = np.random.default_rng(0)
@@ -229,15 +269,31 @@ def test_a_failed_preparation_leaves_nothing_behind(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": 3}\n')
     refuses(lambda: prepare(tmp_path, source=str(tmp_path / "a.jsonl")), "line 1", "is no text: 3")
     refuses(lambda: prepare(tmp_path, source=str(tmp_path / "nowhere.txt")), "is no file or folder")
+    (tmp_path / "a.txt.gz").write_bytes(b"\x1f\x8b\x08 and no more")
+    refuses(lambda: prepare(tmp_path, source=str(tmp_path / "a.txt.gz")), "cannot read", "a.txt.gz")
+    (tmp_path / "a.txt.gz").unlink()
     (tmp_path / "empty").mkdir()
     refuses(lambda: prepare(tmp_path, source=str(tmp_path / "empty")), "holds no .txt, .md or .jsonl file")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "empty"]
 
 
 def test_a_long_text_without_blank_lines_is_cut_so_that_memory_stays_bounded(tmp_path):
-    (tmp_path / "a.txt").write_text("a line of text\n" * 200_000)
-    sizes = [len(text) for text in data.read_documents(tmp_path / "a.txt", "text")]
-    assert max(sizes) <= 2**20 + 20 and sum(sizes) > 200_000 * 14
+    for text in ("a line of text\n" * 200_000, "no line ends " * 200_000):
+        (tmp_path / "a.txt").write_text(text)
+        sizes = [len(part) for part in data.read_documents(tmp_path / "a.txt", "text")]
+        assert max(sizes) <= 2**21 and len(sizes) > 1 and sum(sizes) > len(text) - 100
+
+
+def test_max_tokens_stops_the_reading(tmp_path):
+    (tmp_path / "a.txt").write_text("\n\n\n".join("words " * 1000 for _ in range(3000)))
+    _, train, _ = prepare(tmp_path, source=str(tmp_path / "a.txt"), max_tokens=100_000)
+    assert 100_000 <= train.tokens < 1_000_000
+
+
+def test_a_tokenizer_file_of_another_kind_is_refused(tmp_path):
+    for content in ('{"version": "1.0", "model": {}}', "{", "[]"):
+        (tmp_path / "tokenizer.json").write_text(content)
+        refuses(lambda: data.load_tokenizer(str(tmp_path)), "is no tokenizer that data.py wrote")
 
 
 def test_gpt2_offline_says_what_to_do(monkeypatch):

@@ -178,6 +178,13 @@ def test_bfloat16_autocast_reads_the_fast_weights():
     assert losses == pytest.approx(exact, rel=0.1) and min(abs(a - b) for a, b in itertools.combinations(exact, 2)) > 0.1
 
 
+def test_a_pattern_that_leaves_out_an_output_layer_of_zeros_is_refused():
+    """Its logits stay zero: nothing would be learned, in silence."""
+    with pytest.raises(UserError, match=r"leaves out head.out, which starts at zero"):
+        learner(r"layers\.1")
+    learner(r"layers\.1", start="random")
+
+
 def test_a_pattern_that_matches_nothing_is_refused():
     with pytest.raises(UserError, match="adapt = 'hed' matches no parameter; names look like model.layers"):
         learner("hed")

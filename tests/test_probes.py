@@ -64,4 +64,46 @@ def test_measure_sees_what_the_model_computes_and_leaves_no_trace():
     decoder(ids)
     handle.remove()
     assert metrics["rank/resid/01"] == pytest.approx(probes.effective_rank(seen[0] - seen[0].mean(0)), rel=1e-5)
-    assert 0.9 < metrics["entropy/00/00"] <= 1  # near uniform at the start
+
+
+def test_measured_entropies_are_those_of_the_attention_that_the_model_computes():
+    """Against the weights of a plain softmax in the second layer, sharp enough that a missing rotation or norm shows."""
+    decoder, ids = Decoder(CFG), torch.randint(0, 211, (4, 64))
+    with torch.no_grad():
+        for name, p in decoder.named_parameters():
+            p.mul_(12) if p.dim() == 2 else p.add_(torch.randn(p.shape))
+    inputs, layer = [], decoder.model.layers[1]
+    handle = layer.self_attn.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach()))
+    decoder(ids)
+    handle.remove()
+    attention, x = layer.self_attn, inputs[0]
+    cos, sin = decoder.model.positions(64)
+    q, k = (proj(x).reshape(4, 64, -1, 8).transpose(1, 2) for proj in (attention.q_proj, attention.k_proj))
+
+    def turned(x):  # as complex numbers, independently of model.rotate
+        z = torch.complex(x[..., :4], x[..., 4:]) * torch.complex(cos[:, :4], sin[:, :4])
+        return torch.cat((z.real, z.imag), -1)
+
+    scores = turned(q) @ turned(k).repeat_interleave(3, dim=1).mT / math.sqrt(8)
+    p = scores.masked_fill(torch.ones(64, 64, dtype=torch.bool).triu(1), -math.inf).softmax(-1)
+    entropy = torch.special.entr(p).sum(-1)[..., 1:] / torch.arange(2, 65).log()
+    metrics = probes.measure(decoder, ids)
+    ours = torch.tensor([metrics[f"entropy/01/{head:02d}"] for head in range(6)])
+    assert torch.allclose(ours, entropy.mean((0, 2)), rtol=1e-4) and ours.max() < 0.9
+
+
+def test_probes_compile_nothing():
+    """The probe batch has a shape of its own; called through the compiled layers it would be compiled, and count against their limit."""
+    decoder, ids = Decoder(CFG), torch.randint(0, 211, (4, 64))
+    for layer in decoder.model.layers:
+        layer.compile(backend="eager", dynamic=False)
+    decoder(ids[:2])
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    probes.measure(decoder, ids)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled > 0
+    decoder(ids)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > compiled, "the counter counts"
+
+
+def test_a_model_that_blew_up_gives_nan_and_no_error():
+    assert math.isnan(probes.effective_rank(torch.full((3, 3), math.inf)))

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ import config
 import data
 import train
 from config import UserError
+from model import Layer
 from train import Config
 
 ROOT = Path(train.__file__).parent
@@ -147,6 +149,34 @@ def test_train_loss_is_the_lm_loss_alone(toy, tmp_path, whole):
     """The published trainer averages 32-way query losses into one curve with the LM loss."""
     first = next(line for line in whole[1] if "train/loss" in line)
     assert first["train/loss"] == pytest.approx(math.log(TOY_VOCAB + 6), abs=0.2) and first.get("meta/query_loss", 1.4) < 1.5
+
+
+def test_validation_loss_is_the_mean_over_domains_whoever_computes_it(toy, tmp_path):
+    """Domains of unlike size, one of them shorter than the context, against the plain loss of each."""
+    for path in toy.iterdir():
+        if not path.name.startswith("val"):
+            (tmp_path / path.name).symlink_to(path)
+    for name, n in (("a", 3000), ("b", 20)):
+        write_bin(tmp_path / f"val_{name}_000000.bin", np.random.default_rng(n).integers(256, 3000, n))
+    _, lines = run(tmp_path, tmp_path / "one", "--max_steps=2", "--eval_sequences=21")
+    decoder, losses = checkpoint.load_model(tmp_path / "one"), {}
+    for name, split in data.open_corpus(tmp_path)[1].items():
+        batch = data.eval_sequences(split, 32, 21)
+        assert len(batch.ids) == (21 if name == "a" else 1)
+        losses[f"val/{name}"] = torch.nn.functional.cross_entropy(decoder(batch.ids).flatten(0, 1), batch.targets.flatten()).item()
+    last = {key: value for key, value in lines[-1].items() if key.startswith("val/")}
+    assert last == pytest.approx(losses | {"val/loss": sum(losses.values()) / 2}, rel=1e-5)
+
+
+@pytest.mark.parametrize("flags", [[], ["--adapt=all", "--inner_lr=0.1"], ["--adapt=all", "--first_order=False", "--inner_steps=1", "--inner_lr=0.1"]], ids=["head", "all", "second order"])
+def test_a_compiled_run_equals_an_eager_one(toy, tmp_path, flags, monkeypatch, capsys):
+    """With the backend that traces and differentiates as the real one does, but needs no C++ compiler."""
+    monkeypatch.setattr(Layer, "compile", lambda self, **options: torch.nn.Module.compile(self, backend="aot_eager", **options))
+    flags = [*flags, "--max_steps=4", "--seed=4"]
+    eager, compiled = run(toy, tmp_path / "eager", *flags)[1], run(toy, tmp_path / "compiled", "--compile=True", *flags)[1]
+    assert ("not compiled" in capsys.readouterr().out) == ("--first_order=False" in flags)
+    for x, y in zip(eager, compiled, strict=True):
+        assert x == pytest.approx(y, rel=1e-4, abs=1e-5)
 
 
 # ---- resume ----
@@ -296,7 +326,7 @@ def test_a_users_mistake_prints_one_line_and_no_traceback(tmp_path):
 def test_the_papers_configs_run_two_updates(toy, tmp_path, name):
     """At their width, depth, vocabulary, rate and episodes; the batch and the context are cut down. 570m is only counted: test_model.py."""
     train.main([str(ROOT / "configs" / f"{name}.py"), f"--data={toy}", f"--out_dir={tmp_path}", "--max_steps=2", "--device=cpu", "--dtype=float32", "--context=32",
-                "--global_batch_size=2", "--batch_size=1", "--meta_draws=2", "--window=8", "--eval_sequences=1", "--probe_every=0", "--checkpoint_every=0", "--seed=5", "--log_every=1"])
+                "--global_batch_size=2", "--batch_size=1", "--meta_draws=2", "--window=4", "--queries=1", "--eval_sequences=1", "--probe_every=0", "--checkpoint_every=0", "--seed=5", "--log_every=1"])
     lines = [line for line in log(tmp_path) if "lr" in line]
     assert len(lines) == 2 and any("meta/query_loss" in line for line in lines) and any("train/loss" in line for line in lines)
     (tmp_path / "ckpt_000002.pt").unlink()
@@ -332,8 +362,9 @@ def test_wandb_offline_writes_a_run_that_wandb_reads_back(toy, tmp_path):
     assert {"inner_lr", "d_model"} <= keys
 
 
-def test_wandb_disabled_is_not_even_imported():
-    code = "import sys, train; assert not {'wandb', 'matplotlib', 'rustbpe'} & set(sys.modules)"
+def test_wandb_disabled_is_not_even_imported(toy, tmp_path):
+    flags = [*TOY, f"--data={toy}", f"--out_dir={tmp_path}", "--max_steps=1"]
+    code = f"import sys, train; train.main({flags!r}); assert not {{'wandb', 'matplotlib', 'rustbpe'}} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
@@ -341,5 +372,9 @@ def test_a_failing_wandb_does_not_stop_training(toy, tmp_path, monkeypatch, caps
     import wandb
 
     monkeypatch.setattr(wandb, "init", lambda **options: 1 / 0)
-    state, _ = run(toy, tmp_path, "--wandb=online")
+    state, _ = run(toy, tmp_path / "init", "--wandb=online")
     assert state["step"] == 10 and "training goes on without wandb: ZeroDivisionError" in capsys.readouterr().err
+    broken = SimpleNamespace(define_metric=lambda *args, **options: None, log=lambda line: 1 / 0, finish=lambda: 1 / 0)
+    monkeypatch.setattr(wandb, "init", lambda **options: broken)
+    state, _ = run(toy, tmp_path / "log", "--wandb=online")
+    assert state["step"] == 10 and "wandb: ZeroDivisionError" in capsys.readouterr().err
