@@ -178,7 +178,7 @@ class Decoder(nn.Module):
             return self.lm_head(x)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        rows = 256 if kind == "cpu" else 2048  # fit a cache; fill a GPU
+        rows = 512 if kind == "cpu" else 2048  # fit a cache; fill a GPU
         return OutputLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), dtype, rows, torch.is_grad_enabled())
 
     def flops(self, T):

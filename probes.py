@@ -1,11 +1,19 @@
 """What the representations look like: effective rank and attention entropy, measured while training without leaving a trace.
 
+    python probes.py out/demo        # measures the checkpoints of a run anew: one JSON line each, as in its probes.jsonl
+
 Effective rank: Roy & Vetterli 2007, "The effective rank: a measure of effective dimensionality" (EUSIPCO).
 Metric names: rank/<v_proj|o_proj|down_proj|resid>/<layer> and entropy/<layer>/<head>; train.py writes them to out_dir/probes.jsonl.
 """
+import json
 import math
+import sys
 
 import torch
+
+import checkpoint
+import data
+from config import UserError
 
 
 def effective_rank(x, proportional=False):
@@ -43,6 +51,13 @@ def attention_entropy(q, k, rows=128):
     return total / torch.tensor([[B * T], [B * max(T - 1, 1)]], device=q.device)
 
 
+def fixed_batch(validation, d_model, context):
+    """The ids (B, T) that a run is probed on, the same at every step: from the largest validation domain, 4 tokens for each of the
+    D dimensions, since fewer than D would bound the rank."""
+    largest = max(validation.values(), key=lambda corpus: corpus.tokens)
+    return data.eval_sequences(largest, context, max(2, math.ceil(4 * d_model / context))).ids
+
+
 @torch.no_grad()
 def measure(decoder, ids):
     """All probes of a Decoder on ids (B, T): {metric: float}. Entropies are the normalised ones.
@@ -62,3 +77,23 @@ def measure(decoder, ids):
         flat = x.flatten(0, 1).float()  # (B * T, D)
         metrics[f"rank/resid/{i:02d}"] = effective_rank(flat - flat.mean(0))
     return metrics
+
+
+def main(argv):
+    if len(argv) != 1 or argv[0].startswith("-"):
+        sys.exit(__doc__.strip())
+    paths = checkpoint.paths(argv[0])
+    if not paths:
+        raise UserError(f"no checkpoint in {argv[0]}: a run writes ckpt_*.pt there")
+    for path in paths:
+        state = checkpoint.read(path)
+        cfg = state["config"]
+        ids = fixed_batch(data.open_corpus(cfg["data"])[1], cfg["d_model"], cfg["context"])
+        print(json.dumps({"step": state["step"], "tokens": state["tokens"]} | measure(checkpoint.load_model(path), ids)), flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -290,9 +290,7 @@ def main(argv):
     for split in (corpus, *validation.values()):
         split.check(cfg.vocab_size, rank, world)
     domains = {name: data.eval_sequences(split, cfg.context, cfg.eval_sequences) for name, split in validation.items()}
-    # Probed are 4 tokens for each dimension: with fewer, they would bound the rank.
-    probe_ids = max((batch.ids for batch in domains.values()), key=torch.numel)
-    probe_ids = probe_ids[:max(2, math.ceil(4 * cfg.d_model / cfg.context))].to(device)
+    probe_ids = probes.fixed_batch(validation, cfg.d_model, cfg.context).to(device)
     sequences = data.Sequences(corpus, cfg.context, cfg.seed)
     entropy = data.unigram_entropy(corpus)
     kinds, ln_n = draw_kinds(cfg), math.log(cfg.ways)

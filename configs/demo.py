@@ -14,7 +14,7 @@ context = 128
 # An episode is 16 x (4 + 2) windows x 32 = 3,072 tokens and takes about as long as 1,024 tokens of next-token prediction.
 global_batch_size = 32
 batch_size = 8
-max_steps = 300
+max_steps = 250
 
 # Chosen by measurement on runs of 340 updates: validation loss 5.1 with a rate of 2e-3, 4.8 with this one.
 lr = 4e-3
@@ -22,12 +22,12 @@ warmup_steps = 40
 
 # Episodes start when the features say something; the rate of the inner loop is the default, 0.1 (README, "How an episode ...").
 # Weighed by half they cost the language model less (validation loss 4.80 against 4.91) and are learned as well.
-meta_start = 100
+meta_start = 75
 meta_weight = 0.5
 ways = 16
 window = 32
 queries = 2
 
-eval_every = 75
-probe_every = 75
-checkpoint_every = 150
+eval_every = 50
+probe_every = 50
+checkpoint_every = 125

@@ -145,6 +145,16 @@ def test_probes_and_evaluation_leave_the_run_as_it_is(toy, tmp_path, whole):
     assert all(same(state[key], whole[0][key]) for key in ("model", "head", "optimizer"))
 
 
+def test_probing_the_checkpoints_gives_what_was_measured_live(whole):
+    out_dir = whole[2]
+    result = subprocess.run([sys.executable, str(ROOT / "probes.py"), str(out_dir)], capture_output=True, text=True, cwd=ROOT)
+    again = [json.loads(line) for line in result.stdout.splitlines()]
+    live = [line for line in log(out_dir, "probes.jsonl") if line["step"]]
+    assert [line["step"] for line in again] == [5, 10], result.stderr
+    for x, y in zip(again, live, strict=True):
+        assert x == pytest.approx(y, rel=1e-5)
+
+
 def test_train_loss_is_the_lm_loss_alone(toy, tmp_path, whole):
     """The published trainer averages 32-way query losses into one curve with the LM loss."""
     first = next(line for line in whole[1] if "train/loss" in line)
