@@ -58,7 +58,7 @@ class Config(ModelConfig):
     window: int = 128  # tokens of a window, the mask at its end included
     episodes: int = 1  # episodes of a micro-step on each rank
     inner_steps: int = 10  # SGD steps of the inner loop
-    inner_lr: float = 0.1  # their rate
+    inner_lr: float = 0.1  # their rate; for a linear head that starts at zero, about 25.6 / d_model
     adapt: str = "head"  # what the inner loop adapts: head, all, or a regular expression over names (model.*, head.*)
     first_order: bool = True  # False: second-order MAML, through the inner loop
     head_layers: int = 1  # layers of the episode head; 1: linear
@@ -353,7 +353,7 @@ def main(argv):
         for layer in decoder.model.layers:
             layer.compile(dynamic=False)
     # A kind of step leaves the other kind's parameters without gradient; all ranks draw the same kinds, so none waits for another.
-    model = DistributedDataParallel(learner, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False,
+    model = DistributedDataParallel(learner, device_ids=[device] if device.type == "cuda" else None, forward_sync_buffers=False,
                                     gradient_as_bucket_view=True, find_unused_parameters=True) if world > 1 else learner
     run = start_wandb(cfg, run_id) if rank == 0 else None
     peak = peak_flops(device, dtype) * world
@@ -368,7 +368,7 @@ def main(argv):
         print0(f"episodes  {cfg.meta_share:.0%} of micro-steps from step {cfg.meta_start} on: {cfg.ways}-way {cfg.shots}-shot, queries "
                f"{cfg.queries} a word, {cfg.inner_steps} inner steps at {cfg.inner_lr:g}; chance {1 / cfg.ways:.3f}, ln N {ln_n:.3f}")
     if cfg.warmup_steps >= cfg.max_steps > 0:
-        print0(f"note      max_steps = {cfg.max_steps} ends within warmup_steps = {cfg.warmup_steps}: the rate never gets to lr = {cfg.lr:g}")
+        print0(f"note      max_steps = {cfg.max_steps} ends within warmup_steps = {cfg.warmup_steps}: lr = {cfg.lr:g} is never reached")
     if resumed is not None:
         print0(f"resume    from {out_dir}/ckpt_{step:06d}.pt" + (": the run is finished" if step >= cfg.max_steps else ""))
     print0(end="", flush=True)

@@ -19,8 +19,8 @@ batch_size = 8  # per GPU
 # Where we deviate:
 # - The head is linear and starts at zero (the paper: 4 layers of width 128, started at random), since with the published head
 #   and rates (1e-3, 1e-2) ten steps hardly move it: README, "How an episode and the inner loop work".
-# - The inner rate goes with 1 / d_model, since the squared norm of a normalised feature is d_model. 0.1 was best at 192 and
-#   256; the rest is carried over by this rule, not measured.
+# - The inner rate goes with 1 / d_model, since the squared norm of a normalised feature is d_model. At 192 and
+#   256, 0.1 to 0.3 was best; the rest is carried over by this rule, not measured.
 # - 4 queries instead of 1: only the query gives an outer gradient.
 inner_lr = 25.6 / d_model
 queries = 4

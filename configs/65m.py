@@ -1,26 +1,14 @@
-# 65M: 64,595,328 parameters (arXiv 2508.02189). Prepare the data first, for instance:
-# python data.py --out=data/fineweb --source=HuggingFaceFW/fineweb-edu:sample-10BT --max_tokens=4_000_000_000 --tokenizer=gpt2
+# 65M: 64,595,328 parameters (arXiv 2508.02189). The schedule, where we deviate from the paper, and the data: configs/570m.py.
 # torchrun --standalone --nproc_per_node=8 train.py configs/65m.py
 data = "data/fineweb"
 out_dir = "out/65m"
 
-d_model = 384  # the rest of the model is the default: 12 layers, 12 heads, 4 key-value heads, 50304 ids, context 2048
+d_model = 384
 
-# 256 sequences x 2048 tokens = 524,288 tokens per update of next-token prediction alone.
-# On 8 GPUs: 16 sequences x 2 micro-steps x 8 = 256. On n GPUs: 16 / n micro-steps, which must be a multiple of meta_draws = 2.
-# Half the micro-steps are episodes, 1 each of 32 x (4 + 4) windows x 128 = 32,768 tokens, against 16 x 2048 = 32,768
-# of a next-token micro-step; so halving batch_size doubles the episodes of an update. Not measured on a GPU yet.
+# 16 sequences x 2 micro-steps x 8 GPUs = 256 sequences x 2048 tokens = 524,288 tokens per update of next-token prediction alone.
+# An episode's micro-step reads 32 x (4 + 4) windows x 128 = 32,768 tokens, as many as a next-token micro-step: 16 x 2048.
 global_batch_size = 256
-batch_size = 16  # per GPU
+batch_size = 16  # per GPU; not measured on one yet
 
-# The paper's schedule: AdamW at 3e-4, 2,500 updates of warm-up, linear decay, 6,000 updates; half the micro-steps are
-# episodes, 32-way 4-shot with 10 inner steps. Those are the defaults of train.py.
-
-# Where we deviate:
-# - The head is linear and starts at zero (the paper: 4 layers of width 128, started at random), since with the published head
-#   and rates (1e-3, 1e-2) ten steps hardly move it: README, "How an episode and the inner loop work".
-# - The inner rate goes with 1 / d_model, since the squared norm of a normalised feature is d_model. 0.1 was best at 192 and
-#   256; the rest is carried over by this rule, not measured.
-# - 4 queries instead of 1: only the query gives an outer gradient.
 inner_lr = 25.6 / d_model
 queries = 4

@@ -1,4 +1,5 @@
 """A toy corpus (no network, no download) and a toy model that the tests share."""
+
 import base64
 import json
 import random
@@ -14,9 +15,9 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 TOY_VOCAB = 256 + 3000 + 2
 
 # Flags of a run of seconds on the toy corpus; each update has LM, episode or both kinds of micro-steps.
-TOY = ["--d_model=24", "--n_layers=2", "--n_heads=2", "--n_kv_heads=1", f"--vocab_size={TOY_VOCAB + 6}", "--context=32", "--global_batch_size=16", "--batch_size=4",
-       "--meta_draws=2", "--ways=4", "--shots=2", "--queries=2", "--window=8", "--inner_steps=3", "--inner_lr=1", "--warmup_steps=2", "--lr=1e-3", "--log_every=1",
-       "--eval_every=5", "--probe_every=5", "--checkpoint_every=5", "--eval_sequences=8", "--device=cpu", "--dtype=float32"]
+TOY = f"""--d_model=24 --n_layers=2 --n_heads=2 --n_kv_heads=1 --vocab_size={TOY_VOCAB + 6} --context=32 --global_batch_size=16
+--batch_size=4 --meta_draws=2 --ways=4 --shots=2 --queries=2 --window=8 --inner_steps=3 --inner_lr=1 --warmup_steps=2 --lr=1e-3
+--log_every=1 --eval_every=5 --probe_every=5 --checkpoint_every=5 --eval_sequences=8 --device=cpu --dtype=float32""".split()
 
 
 def write_bin(path, tokens):

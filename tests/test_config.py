@@ -24,23 +24,39 @@ def test_values_take_their_declared_type():
     assert load("--d_model=48").d_hidden == 192 and load("--d_model=48", "--d_hidden=7").d_hidden == 7
 
 
-@pytest.mark.parametrize("flag, says", [
-    ("--max_steps=1.5", "max_steps must be int, got '1.5'"), ("--first_order=yes", "first_order must be bool, got 'yes'"),
-    ("--lr=nan", "lr must be finite"), ("--lr=fast", "lr must be float, got 'fast'"), ("--compile=1", "compile must be bool | None"),
-    ("--warmup-steps=3", "did you mean 'warmup_steps'?"), ("--inner_stesp=3", "did you mean 'inner_steps'?"), ("--zzzz=3", "--help lists the keys"),
-    ("--wandb", "flags are written --key=value"), ("lr=3", "neither a config file"), ("nowhere.py", "nowhere.py: FileNotFoundError"),
-])
+@pytest.mark.parametrize(
+    "flag, says",
+    [
+        ("--max_steps=1.5", "max_steps must be int, got '1.5'"),
+        ("--first_order=yes", "first_order must be bool, got 'yes'"),
+        ("--lr=nan", "lr must be finite"),
+        ("--lr=fast", "lr must be float, got 'fast'"),
+        ("--compile=1", "compile must be bool | None"),
+        ("--warmup-steps=3", "did you mean 'warmup_steps'?"),
+        ("--inner_stesp=3", "did you mean 'inner_steps'?"),
+        ("--zzzz=3", "--help lists the keys"),
+        ("--wandb", "flags are written --key=value"),
+        ("lr=3", "neither a config file"),
+        ("nowhere.py", "nowhere.py: FileNotFoundError"),
+    ],
+)
 def test_a_wrong_flag_is_told_in_one_line(flag, says):
     with pytest.raises(UserError) as error:
         load(flag)
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text, says", [
-    ("max_step = 3", "unknown key 'max_step' in {path}; did you mean 'max_steps'?"), ("lr = 'fast'", "lr must be float, got 'fast'"),
-    ("ways = True", "ways must be int, got True"), ("ways = 2.0", "ways must be int, got 2.0"), ("lr = 1 /", "{path}: SyntaxError"),
-    ("lr = 1 / 0", "{path}: ZeroDivisionError"),
-])
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("max_step = 3", "unknown key 'max_step' in {path}; did you mean 'max_steps'?"),
+        ("lr = 'fast'", "lr must be float, got 'fast'"),
+        ("ways = True", "ways must be int, got True"),
+        ("ways = 2.0", "ways must be int, got 2.0"),
+        ("lr = 1 /", "{path}: SyntaxError"),
+        ("lr = 1 / 0", "{path}: ZeroDivisionError"),
+    ],
+)
 def test_a_wrong_file_is_told_in_one_line(tmp_path, text, says):
     """nanoGPT's exec of config files let a mistyped key pass silently."""
     path = tmp_path / "bad.py"
@@ -50,12 +66,21 @@ def test_a_wrong_file_is_told_in_one_line(tmp_path, text, says):
     assert says.format(path=path) in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("flags, says", [
-    (["--d_model=100"], "d_model = 100 must be an even multiple of n_heads = 12"), (["--n_kv_heads=5"], "n_heads = 12 must be a multiple of n_kv_heads = 5"),
-    (["--batch_size=100"], "global_batch_size = 256 must be a multiple of batch_size = 100"), (["--window=4096"], "window = 4096 must lie in 2 to context = 2048"),
-    (["--adapt=("], "adapt = '(' is neither"), (["--ways=1"], "ways must be at least 2, got 1"), (["--meta_share=2"], "meta_share must lie in [0, 1], got 2.0"),
-    (["--head_start=one"], "head_start must be one of zero, random"), (["--log_every=0"], "log_every must be at least 1, got 0"), (["--lr=0"], "lr must be positive"),
-])
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--d_model=100"], "d_model = 100 must be an even multiple of n_heads = 12"),
+        (["--n_kv_heads=5"], "n_heads = 12 must be a multiple of n_kv_heads = 5"),
+        (["--batch_size=100"], "global_batch_size = 256 must be a multiple of batch_size = 100"),
+        (["--window=4096"], "window = 4096 must lie in 2 to context = 2048"),
+        (["--adapt=("], "adapt = '(' is neither"),
+        (["--ways=1"], "ways must be at least 2, got 1"),
+        (["--meta_share=2"], "meta_share must lie in [0, 1], got 2.0"),
+        (["--head_start=one"], "head_start must be one of zero, random"),
+        (["--log_every=0"], "log_every must be at least 1, got 0"),
+        (["--lr=0"], "lr must be positive"),
+    ],
+)
 def test_fields_that_do_not_go_together_are_told_with_both_numbers(flags, says):
     with pytest.raises(UserError) as error:
         load(*flags)

@@ -20,6 +20,7 @@ def refuses(call, *says):
 
 # ---- bins ----
 
+
 def test_shards_round_trip(tmp_path):
     tokens = np.random.default_rng(0).integers(0, 65536, 2500).astype("<u2")
     writer = data.ShardWriter(tmp_path, "train", 1000)
@@ -51,7 +52,16 @@ def test_validation_bins_are_grouped_by_domain(tmp_path):
     assert {name: len(split.paths) for name, split in open_corpus(tmp_path)[1].items()} == {"news-2": 2, "blogs": 1}
 
 
-@pytest.mark.parametrize("name, domain", [("constraints.txt", "constraints"), ("2024news.val.txt", "2024news"), ("2024.md", "2024"), ("train.jsonl", "train"), ("a_val.txt", "a_val")])
+@pytest.mark.parametrize(
+    "name, domain",
+    [
+        ("constraints.txt", "constraints"),
+        ("2024news.val.txt", "2024news"),
+        ("2024.md", "2024"),
+        ("train.jsonl", "train"),
+        ("a_val.txt", "a_val"),
+    ],
+)
 def test_a_validation_file_of_any_name_stays_out_of_training(tmp_path, name, domain):
     """`"train" in path.name` once took val_constraints_000000.bin for training data."""
     text = "\n\n\n".join(f"some words, and the word {i}" for i in range(50))
@@ -66,8 +76,14 @@ def test_bad_bins_are_refused_in_one_line(tmp_path):
     path = tmp_path / "train_000000.bin"
     write_bin(path, range(100))
     whole = path.read_bytes()
-    for content, says in ((whole[:-2], "the header says 100 tokens, the file holds 99"), (whole + b"ab", "holds 101"), (b"\1" + whole[1:], "a token bin with 20240520"),
-                          (whole[:4] + b"\2" + whole[5:], "version 2, only 1"), (b"", "starts with nothing"), (whole[:1000], "holds -12")):
+    for content, says in (
+        (whole[:-2], "the header says 100 tokens, the file holds 99"),
+        (whole + b"ab", "holds 101"),
+        (b"\1" + whole[1:], "a token bin with 20240520"),
+        (whole[:4] + b"\2" + whole[5:], "version 2, only 1"),
+        (b"", "starts with nothing"),
+        (whole[:1000], "holds -12"),
+    ):
         path.write_bytes(content)
         refuses(lambda: open_bin(path), str(path), says)
     odd = tmp_path / "val.bin"
@@ -83,12 +99,18 @@ def test_bad_bins_are_refused_in_one_line(tmp_path):
 
 # ---- sequences ----
 
+
 def test_an_epoch_visits_every_sequence_once_and_epochs_differ(toy):
     train, _ = open_corpus(toy)
     sequences = Sequences(train, 32, seed=3)
     n = int(sequences.ends[-1])
     assert n == (100_000 - 32) // 32 + (50_000 - 32) // 32
-    whole = {shard[i:i + 32].tobytes() for shard in train.shards for offset in [sequences._epoch(0)[0]] for i in range(offset, len(shard) - 32, 32)}
+    whole = {
+        shard[i : i + 32].tobytes()
+        for shard in train.shards
+        for offset in [sequences._epoch(0)[0]]
+        for i in range(offset, len(shard) - 32, 32)
+    }
     epoch = [row.numpy().astype("<u2").tobytes() for row in sequences[range(n)].ids]
     assert len(set(epoch)) == n and set(epoch) <= whole
     batch = sequences[range(n, n + 4)]
@@ -122,6 +144,7 @@ def test_unigram_entropy(tmp_path):
 
 # ---- episodes ----
 
+
 def episodes(toy, ways=6, shots=3, queries=2, window=16, seed=5):
     return Episodes(open_corpus(toy)[0], data.load_tokenizer(str(toy)), ways, shots, queries, window, seed)
 
@@ -133,11 +156,13 @@ def test_episodes_hold_n_distinct_words_masked_in_windows_of_the_corpus_that_do_
     for index in range(5):
         ids = maker.episode(index)
         assert ids.shape == (6, 5, 16) and (ids[..., -1] == mask).all()
-        words, places = [], []
+        words = []
         for windows in ids:
             found = []
             for window in windows:  # where in the corpus: all tokens but the masked ones agree
-                starts = np.flatnonzero(np.all([(corpus[i:len(corpus) - 16 + i] == window[i]) | (window[i] == mask) for i in range(16)], axis=0))
+                starts = np.flatnonzero(
+                    np.all([(corpus[i : len(corpus) - 16 + i] == window[i]) | (window[i] == mask) for i in range(16)], axis=0)
+                )
                 found.append({(int(start), int(corpus[start + 15])) for start in starts})
             word = set.intersection(*[{word for _, word in places} for places in found])
             assert len(word) == 1, "one word was masked in all windows of a class"
@@ -146,7 +171,7 @@ def test_episodes_hold_n_distinct_words_masked_in_windows_of_the_corpus_that_do_
             assert tokenizer.decode([word])[0] == " " and tokenizer.decode([word])[1:].isalpha()
             starts = [next(start for start, w in sorted(places) if w == word) for places in found]
             for start, window in zip(starts, windows):
-                original = corpus[start:start + 16]
+                original = corpus[start : start + 16]
                 assert np.array_equal(window == mask, original == word), "every occurrence is masked, and nothing else"
                 assert not tokenizer.decode([int(corpus[start + 16])])[0].isalpha(), "a whole word"
             assert all(abs(a - b) >= 16 for i, a in enumerate(starts) for b in starts[:i]), "windows of a word overlap"
@@ -158,7 +183,9 @@ def test_a_word_in_another_case_or_without_its_space_is_masked_too_and_never_a_s
     words = [f" {a}{b}{c}" for a in "abcdefgh" for b in "ijklmnop" for c in "qrstuvwx"]  # 512
     forms = [form for word in words for form in (word, word[1:], word.title(), word[1:].title())]
     tokens = [bytes([i]) for i in range(256)] + [form.encode() for form in forms]
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"name": "forms", "pattern": data.PATTERN, "tokens": [base64.b64encode(token).decode() for token in tokens]}))
+    (tmp_path / "tokenizer.json").write_text(
+        json.dumps({"name": "forms", "pattern": data.PATTERN, "tokens": [base64.b64encode(token).decode() for token in tokens]})
+    )
     rng = np.random.default_rng(0)
     ids = 256 + 4 * np.tile(rng.integers(0, 512, (4000, 1, 10)), (1, 3, 1)).ravel() + rng.integers(0, 4, 120_000)  # thrice, 10 apart
     ids[1::2] = ord(".")  # ... and apart, so that forms without a space end a word
@@ -197,7 +224,9 @@ def test_episodes_are_a_pure_function_and_their_labels_mean_nothing_across_them(
     assert np.array_equal(a.episode(7), b.episode(7))
     assert not np.array_equal(a.episode(7), a.episode(8)) and not np.array_equal(a.episode(7), episodes(toy, seed=6).episode(7))
     batch = a[[7, 8]]
-    assert torch.equal(batch.support[0], torch.from_numpy(a.episode(7)[:, :3])) and torch.equal(batch.query[1], torch.from_numpy(a.episode(8)[:, 3:]))
+    assert torch.equal(batch.support[0], torch.from_numpy(a.episode(7)[:, :3])) and torch.equal(
+        batch.query[1], torch.from_numpy(a.episode(8)[:, 3:])
+    )
 
 
 def test_the_order_of_the_words_is_random(tmp_path, toy):
@@ -224,6 +253,7 @@ def test_too_few_words_for_the_ways_are_told_with_the_numbers(toy):
 
 # ---- preparing ----
 
+
 def prepare(tmp_path, **options):
     data.prepare(Prepare(**({"out": str(tmp_path / "bins"), "vocab_size": 400} | options)))
     tokenizer = data.load_tokenizer(str(tmp_path / "bins"))
@@ -241,7 +271,9 @@ def test_sources_become_the_same_documents(tmp_path):
         file.write("\n\n\n".join(texts[20:30]))
     (tmp_path / "c" / "two.md").write_text("\n\n\n".join(texts[30:]))
     (tmp_path / "c" / "skipped.html").write_text("<html>")
-    tokenizer, train, val = prepare(tmp_path, source=",".join(str(tmp_path / name) for name in ("a.txt", "b.jsonl.gz", "c")), val_share=0.1, shard_tokens=500)
+    tokenizer, train, val = prepare(
+        tmp_path, source=",".join(str(tmp_path / name) for name in ("a.txt", "b.jsonl.gz", "c")), val_share=0.1, shard_tokens=500
+    )
     assert len(train.shards) > 1
 
     def split(corpus):
@@ -309,7 +341,9 @@ def test_gpt2_offline_says_what_to_do(monkeypatch):
 def test_real_text_with_the_gpt2_tokenizer(tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
     corpus = SHARED / "corpus"
-    tokenizer, train, val = prepare(tmp_path, source=f"{corpus}/state_union.train.txt", val=f"{corpus}/state_union.val.txt,{corpus}/inaugural.val.txt", tokenizer="gpt2")
+    tokenizer, train, val = prepare(
+        tmp_path, source=f"{corpus}/state_union.train.txt", val=f"{corpus}/state_union.val.txt,{corpus}/inaugural.val.txt", tokenizer="gpt2"
+    )
     assert tokenizer.n_vocab == 50258 and tokenizer.encode_single_token("<|mask|>") == 50257
     assert list(val) == ["inaugural", "state_union"]
     text = tokenizer.decode(np.concatenate(train.shards).tolist()).replace("<|endoftext|>", "\n").split()
@@ -322,4 +356,8 @@ def test_toy_tokenizer_round_trip(toy, tmp_path):
     tokenizer = data.load_tokenizer(str(toy))
     data.save_tokenizer(tokenizer, tmp_path)
     again = data.load_tokenizer(str(tmp_path))
-    assert again.n_vocab == TOY_VOCAB and again._mergeable_ranks == tokenizer._mergeable_ranks and again._special_tokens == tokenizer._special_tokens
+    assert (
+        again.n_vocab == TOY_VOCAB
+        and again._mergeable_ranks == tokenizer._mergeable_ranks
+        and again._special_tokens == tokenizer._special_tokens
+    )

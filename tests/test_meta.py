@@ -1,4 +1,5 @@
-"""Gradients against an independent reference: a deep copy, an SGD loop on it, and a backward pass, as a textbook would write first-order MAML."""
+"""Gradients against an independent reference: a deep copy, an SGD loop on it, and a backward pass, first-order MAML by the textbook."""
+
 import copy
 import itertools
 
@@ -59,7 +60,7 @@ class Net(nn.Module):
 
 
 def reference(module, data, moves):
-    """(mean query loss, {Learner's name: gradient}) of first-order MAML, episode by episode. moves(net) gives what the inner loop adapts."""
+    """(mean query loss, {Learner's name: gradient}) of first-order MAML, episode by episode; moves(net): what the inner loop adapts."""
     losses, grads = [], {}
     for support, query in zip(data.support, data.query):
         net = Net(module).to(module.decoder.lm_head.weight.dtype)
@@ -82,8 +83,14 @@ def reference(module, data, moves):
     return sum(losses) / len(losses), grads
 
 
-@pytest.mark.parametrize("adapted, moves", [("head", lambda net: net.head.parameters()), ("all", lambda net: net.parameters()),
-                                            (r"layers\.1\.mlp|head", lambda net: [*net.model.layers[1].mlp.parameters(), *net.head.parameters()])])
+@pytest.mark.parametrize(
+    "adapted, moves",
+    [
+        ("head", lambda net: net.head.parameters()),
+        ("all", lambda net: net.parameters()),
+        (r"layers\.1\.mlp|head", lambda net: [*net.model.layers[1].mlp.parameters(), *net.head.parameters()]),
+    ],
+)
 @pytest.mark.parametrize("steps", [0, 1, 3])
 @pytest.mark.parametrize("start", ["zero", "random"])
 def test_outer_gradients_equal_the_reference(adapted, moves, steps, start):
@@ -113,7 +120,9 @@ def test_outer_gradients_in_float32(adapted):
 def test_second_order_passes_gradcheck(adapted, start):
     """The gradient of the query loss through two inner steps, against finite differences in float64."""
     module, data = learner(adapted, 2, start, inner_steps=2, first_order=False).double(), batch()
-    names = [name for name, _ in module.named_parameters() if name.startswith("head") or "layers.1.self_attn.o_proj" in name or "norm" in name]
+    names = [
+        name for name, _ in module.named_parameters() if name.startswith("head") or "layers.1.self_attn.o_proj" in name or "norm" in name
+    ]
     params = [module.get_parameter(name).detach().clone().requires_grad_() for name in names]
     assert torch.autograd.gradcheck(lambda *p: torch.func.functional_call(module, dict(zip(names, p)), (data,))[0], params, fast_mode=True)
     first = learner(adapted, 2, start, inner_steps=2).double()
@@ -193,7 +202,9 @@ def test_a_pattern_that_matches_nothing_is_refused():
 def counted(run):
     """FLOPs of run() by PyTorch's counter, without its record per module, which cannot stand an inner autograd.grad."""
     counter = FlopCounterMode(display=False)
-    counter.mod_tracker = type("NoTracker", (), {"parents": {"Global"}, "__enter__": lambda self: self, "__exit__": lambda self, *args: None})()
+    counter.mod_tracker = type(
+        "NoTracker", (), {"parents": {"Global"}, "__enter__": lambda self: self, "__exit__": lambda self, *args: None}
+    )()
     with counter, sdpa_kernel(SDPBackend.MATH):  # the fused CPU kernel is not in its table
         run()
     return counter.get_total_flops()
@@ -204,4 +215,6 @@ def test_counted_flops_equal_those_of_the_flop_counter(adapted, layers):
     module, data = learner(adapted, layers, inner_steps=4), batch(2)
     assert module.flops(data) == pytest.approx(counted(lambda: module(data)[0].backward()), rel=0.02)
     ids = torch.randint(0, 50, (3, 16))
-    assert module.flops(LMBatch(ids, ids)) == pytest.approx(counted(lambda: F.cross_entropy(module.decoder(ids).flatten(0, 1), ids.flatten()).backward()), rel=0.02)
+    assert module.flops(LMBatch(ids, ids)) == pytest.approx(
+        counted(lambda: F.cross_entropy(module.decoder(ids).flatten(0, 1), ids.flatten()).backward()), rel=0.02
+    )

@@ -104,9 +104,22 @@ def test_the_loss_in_bfloat16_is_that_of_bfloat16_logits_in_float32():
 def test_logits_equal_transformers_with_the_same_state_dict():
     transformers = pytest.importorskip("transformers", reason="comes with requirements-dev.txt")
     decoder = sharp(replace(SMALL, rope_theta=500.0, norm_eps=1e-5))
-    hf = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=211, hidden_size=48, intermediate_size=192, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=64,
-        rms_norm_eps=1e-5, rope_theta=500.0, rope_parameters={"rope_type": "default", "rope_theta": 500.0}, tie_word_embeddings=False, attn_implementation="eager")).eval()
+    hf = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=211,
+            hidden_size=48,
+            intermediate_size=192,
+            num_hidden_layers=3,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            rms_norm_eps=1e-5,
+            rope_theta=500.0,
+            rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+            tie_word_embeddings=False,
+            attn_implementation="eager",
+        )
+    ).eval()
     hf.load_state_dict(decoder.state_dict(), strict=True)
     ids = torch.randint(0, 211, (3, 64))
     with torch.no_grad():

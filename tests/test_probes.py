@@ -34,7 +34,7 @@ def test_attention_entropy_equals_brute_force_at_512():
     for b in range(B):
         for h in range(H):
             for t in range(T):
-                p = (q[b, h, t].double() @ k[b, h // 2, :t + 1].double().T / math.sqrt(C)).softmax(-1)
+                p = (q[b, h, t].double() @ k[b, h // 2, : t + 1].double().T / math.sqrt(C)).softmax(-1)
                 entropy = -(p * p.log()).sum()
                 nats[h] += entropy / (B * T)
                 normalised[h] += entropy / math.log(t + 1) / (B * (T - 1)) if t else 0
@@ -58,7 +58,10 @@ def test_measure_sees_what_the_model_computes_and_leaves_no_trace():
     assert torch.equal(torch.get_rng_state(), rng) and decoder.training and torch.equal(decoder(ids), logits)
     for name, p in decoder.named_parameters():
         assert torch.equal(p, before[name][0]) and torch.equal(p.grad, before[name][1]) and p.requires_grad
-    assert sorted(metrics) == sorted([f"rank/{w}/{i:02d}" for w in ("v_proj", "o_proj", "down_proj", "resid") for i in range(2)] + [f"entropy/{i:02d}/{h:02d}" for i in range(2) for h in range(6)])
+    assert sorted(metrics) == sorted(
+        [f"rank/{w}/{i:02d}" for w in ("v_proj", "o_proj", "down_proj", "resid") for i in range(2)]
+        + [f"entropy/{i:02d}/{h:02d}" for i in range(2) for h in range(6)]
+    )
     seen = []
     handle = decoder.model.layers[1].register_forward_hook(lambda module, args, output: seen.append(output.detach().flatten(0, 1)))
     decoder(ids)

@@ -1,4 +1,5 @@
 """The loop end to end: the mix of steps, resume, ranks, stopping, what is written."""
+
 import json
 import math
 import os
@@ -39,8 +40,14 @@ def log(out_dir, name="log.jsonl"):
 
 def process(toy, out_dir, *flags, ranks=0, script=ROOT / "train.py"):
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
-    return subprocess.Popen([sys.executable, *launcher, str(script), *TOY, f"--data={toy}", f"--out_dir={out_dir}", "--max_steps=10", *flags],
-                            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(
+        [sys.executable, *launcher, str(script), *TOY, f"--data={toy}", f"--out_dir={out_dir}", "--max_steps=10", *flags],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
 
 
 def same(a, b):
@@ -61,6 +68,7 @@ def whole(toy, tmp_path_factory):
 
 # ---- the mix ----
 
+
 def toy_config(**changes):
     return replace(config.load(Config, TOY), **changes)
 
@@ -70,6 +78,7 @@ def test_an_update_is_made_of_the_same_batches_for_any_number_of_ranks(world):
     cfg = toy_config(global_batch_size=32, meta_draws=2, episodes=2, max_steps=50)
     kinds = train.draw_kinds(cfg)
     for step in range(50):
+
         def work(world):
             found = set()
             for micro in range(train.accumulation(cfg, world)):
@@ -86,10 +95,16 @@ def test_a_hybrid_run_sees_the_sequences_of_a_vanilla_one_in_the_same_order():
     def order(cfg):
         kinds = train.draw_kinds(cfg)
         parts = [train.batch_indices(cfg, kinds, step, micro, 0, 1) for step in range(cfg.max_steps) for micro in range(4)]
-        return [n for episode, numbers in parts if not episode for n in numbers], [n for episode, numbers in parts if episode for n in numbers]
+        return [n for episode, numbers in parts if not episode for n in numbers], [
+            n for episode, numbers in parts if episode for n in numbers
+        ]
 
     hybrid, vanilla = order(toy_config(max_steps=30)), order(toy_config(max_steps=30, meta_share=0.0))
-    assert hybrid[0] == vanilla[0][:len(hybrid[0])] == list(range(len(hybrid[0]))) and hybrid[1] == list(range(len(hybrid[1]))) and vanilla[1] == []
+    assert (
+        hybrid[0] == vanilla[0][: len(hybrid[0])] == list(range(len(hybrid[0])))
+        and hybrid[1] == list(range(len(hybrid[1])))
+        and vanilla[1] == []
+    )
 
 
 def test_the_draws_follow_share_and_start_and_do_not_depend_on_max_steps():
@@ -100,7 +115,9 @@ def test_the_draws_follow_share_and_start_and_do_not_depend_on_max_steps():
 
 def test_learning_rate_warms_up_and_decays_linearly():
     cfg = toy_config(max_steps=6000, warmup_steps=2500, lr=3e-4)
-    assert [train.lr_at(cfg, step) for step in (0, 1249, 2499, 2500, 4250, 5999)] == pytest.approx([3e-4 / 2500, 1.5e-4, 3e-4, 3e-4, 1.5e-4, 3e-4 / 3500])
+    assert [train.lr_at(cfg, step) for step in (0, 1249, 2499, 2500, 4250, 5999)] == pytest.approx(
+        [3e-4 / 2500, 1.5e-4, 3e-4, 3e-4, 1.5e-4, 3e-4 / 3500]
+    )
 
 
 def test_batches_that_do_not_divide_are_told_with_the_numbers():
@@ -112,9 +129,17 @@ def test_batches_that_do_not_divide_are_told_with_the_numbers():
 
 # ---- what a run writes ----
 
+
 def test_a_run_writes_what_others_read(whole, capsys):
     state, lines, out_dir = whole
-    assert {path.name for path in out_dir.iterdir()} == {"ckpt_000005.pt", "ckpt_000010.pt", "config.json", "log.jsonl", "probes.jsonl", "tokenizer.json"}
+    assert {path.name for path in out_dir.iterdir()} == {
+        "ckpt_000005.pt",
+        "ckpt_000010.pt",
+        "config.json",
+        "log.jsonl",
+        "probes.jsonl",
+        "tokenizer.json",
+    }
     training, validation = [line for line in lines if "lr" in line], [line for line in lines if "val/loss" in line]
     assert [line["step"] for line in training] == list(range(1, 11)) and [line["step"] for line in validation] == [0, 5, 10]
     kinds = train.draw_kinds(toy_config(max_steps=10))
@@ -137,7 +162,9 @@ def test_logged_losses_are_means_over_the_updates_since_the_last_line(toy, tmp_p
     for line, steps in zip(lines, (range(1, 6), range(6, 11))):
         each = {x["step"]: x for x in whole[1] if "lr" in x}
         weights = [(~kinds[step - 1]).sum() for step in steps]
-        assert line["train/loss"] == pytest.approx(np.average([each[step].get("train/loss", 0) for step in steps], weights=weights), rel=1e-5)
+        assert line["train/loss"] == pytest.approx(
+            np.average([each[step].get("train/loss", 0) for step in steps], weights=weights), rel=1e-5
+        )
 
 
 def test_probes_and_evaluation_leave_the_run_as_it_is(toy, tmp_path, whole):
@@ -178,7 +205,11 @@ def test_validation_loss_is_the_mean_over_domains_whoever_computes_it(toy, tmp_p
     assert last == pytest.approx(losses | {"val/loss": sum(losses.values()) / 2}, rel=1e-5)
 
 
-@pytest.mark.parametrize("flags", [[], ["--adapt=all", "--inner_lr=0.1"], ["--adapt=all", "--first_order=False", "--inner_steps=1", "--inner_lr=0.1"]], ids=["head", "all", "second order"])
+@pytest.mark.parametrize(
+    "flags",
+    [[], ["--adapt=all", "--inner_lr=0.1"], ["--adapt=all", "--first_order=False", "--inner_steps=1", "--inner_lr=0.1"]],
+    ids=["head", "all", "second order"],
+)
 def test_a_compiled_run_equals_an_eager_one(toy, tmp_path, flags, monkeypatch, capsys):
     """With the backend that traces and differentiates as the real one does, but needs no C++ compiler."""
     monkeypatch.setattr(Layer, "compile", lambda self, **options: torch.nn.Module.compile(self, backend="aot_eager", **options))
@@ -190,6 +221,7 @@ def test_a_compiled_run_equals_an_eager_one(toy, tmp_path, flags, monkeypatch, c
 
 
 # ---- resume ----
+
 
 def test_ten_updates_equal_five_a_killed_process_and_five_more(toy, tmp_path, whole):
     """Parameters, optimizer and logged losses, bit for bit, with episodes and accumulation; killed without a word."""
@@ -262,7 +294,11 @@ torch.save(made.state_dict(), {out!r} + os.environ["RANK"] + ".pt")
 """
 
 
-@pytest.mark.parametrize("flags", [[], ["--head_layers=2", "--inner_lr=0.1"], ["--adapt=all", "--inner_lr=0.1"], ["--meta_share=0", "--head_layers=2"]], ids=["linear", "mlp", "all", "vanilla"])
+@pytest.mark.parametrize(
+    "flags",
+    [[], ["--head_layers=2", "--inner_lr=0.1"], ["--adapt=all", "--inner_lr=0.1"], ["--meta_share=0", "--head_layers=2"]],
+    ids=["linear", "mlp", "all", "vanilla"],
+)
 def test_two_ranks_are_bit_identical_and_equal_one_process_with_twice_the_micro_steps(toy, tmp_path, flags):
     """Twenty updates of LM, episodes and both; a head of several layers goes without gradient in some of them."""
     flags = [*flags, "--max_steps=20", "--eval_every=20", "--probe_every=0", "--seed=2"]
@@ -285,6 +321,7 @@ def test_two_ranks_are_bit_identical_and_equal_one_process_with_twice_the_micro_
 
 # ---- trouble ----
 
+
 def test_updates_with_a_non_finite_gradient_are_skipped_counted_and_end_the_run(toy, tmp_path, monkeypatch):
     real = train.Learner.forward
 
@@ -293,6 +330,7 @@ def test_updates_with_a_non_finite_gradient_are_skipped_counted_and_end_the_run(
             loss, metrics = real(self, batch)
             calls[0] += self.training and torch.is_grad_enabled()
             return (loss * math.nan if torch.is_grad_enabled() and when(calls[0]) else loss), metrics
+
         return forward
 
     calls = [0]
@@ -332,11 +370,31 @@ def test_a_users_mistake_prints_one_line_and_no_traceback(tmp_path):
 
 # ---- the configs, wandb ----
 
+
 @pytest.mark.parametrize("name", ["11m", "65m", "181m"])
 def test_the_papers_configs_run_two_updates(toy, tmp_path, name):
     """At their width, depth, vocabulary, rate and episodes; the batch and the context are cut down. 570m is only counted: test_model.py."""
-    train.main([str(ROOT / "configs" / f"{name}.py"), f"--data={toy}", f"--out_dir={tmp_path}", "--max_steps=2", "--device=cpu", "--dtype=float32", "--context=32",
-                "--global_batch_size=2", "--batch_size=1", "--meta_draws=2", "--window=4", "--queries=1", "--eval_sequences=1", "--probe_every=0", "--checkpoint_every=0", "--seed=5", "--log_every=1"])
+    train.main(
+        [
+            str(ROOT / "configs" / f"{name}.py"),
+            f"--data={toy}",
+            f"--out_dir={tmp_path}",
+            "--max_steps=2",
+            "--device=cpu",
+            "--dtype=float32",
+            "--context=32",
+            "--global_batch_size=2",
+            "--batch_size=1",
+            "--meta_draws=2",
+            "--window=4",
+            "--queries=1",
+            "--eval_sequences=1",
+            "--probe_every=0",
+            "--checkpoint_every=0",
+            "--seed=5",
+            "--log_every=1",
+        ]
+    )
     lines = [line for line in log(tmp_path) if "lr" in line]
     assert len(lines) == 2 and any("meta/query_loss" in line for line in lines) and any("train/loss" in line for line in lines)
     (tmp_path / "ckpt_000002.pt").unlink()
