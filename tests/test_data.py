@@ -196,6 +196,7 @@ def test_a_word_in_another_case_or_without_its_space_is_masked_too_and_never_a_s
     contexts = np.lib.stride_tricks.sliding_window_view(maker.corpus.shards[0], 16)
     seen, several = set(), 0
     for windows in maker.episode(0):
+        starts = []
         for window in windows:
             place = np.flatnonzero(((contexts == window) | (window == maker.mask_id)).all(1))
             word = {tokenizer.decode([int(contexts[i][-1])]).strip().lower() for i in place}
@@ -203,6 +204,8 @@ def test_a_word_in_another_case_or_without_its_space_is_masked_too_and_never_a_s
             assert len(word) == 1 and masked == word
             assert not any(tokenizer.decode([int(t)]).strip().lower() in word for t in window[window != maker.mask_id])
             several += (window == maker.mask_id).sum() > 1
+            assert len(place) == 1 and all(abs(place[0] - start) >= 16 for start in starts), "windows of a word overlap"
+            starts.append(place[0])
         assert not word & seen
         seen |= word
     assert several > 10
