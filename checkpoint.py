@@ -3,6 +3,7 @@ import os
 import re
 import sys
 import zipfile
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def save(out_dir, state, keep, keep_every=0):
     except (OSError, RuntimeError) as error:  # PyTorch turns a full disk into a RuntimeError
         partial.unlink(missing_ok=True)
         raise UserError(f"cannot write checkpoint {path}: {str(error).splitlines()[0]}") from None
-    if hasattr(os, "O_DIRECTORY"):  # the rename itself must reach the disk; Windows has no such call
+    with suppress(OSError, AttributeError):  # the rename too should reach the disk; Windows and some mounts have no such call
         folder = os.open(out_dir, os.O_DIRECTORY)
         os.fsync(folder)
         os.close(folder)
@@ -43,23 +44,35 @@ def save(out_dir, state, keep, keep_every=0):
     for old in paths(out_dir):
         step = step_of(old)
         if step not in steps or step not in steps[-keep:] and (not keep_every or step % keep_every):
-            old.unlink()
+            old.unlink(missing_ok=True)
+    for old in Path(out_dir).glob("ckpt_*.partial"):  # of a write that was killed
+        old.unlink(missing_ok=True)
     return path
 
 
+class Damaged(UserError):
+    """The file is there and can be read, but is no whole checkpoint."""
+
+
 def read(path):
-    """The state in a checkpoint, on the CPU. UserError where the file is damaged: PyTorch itself checks no checksums."""
+    """The state in a checkpoint, on the CPU. Damaged where it is no whole checkpoint (PyTorch itself checks no checksums), UserError
+    where it cannot be read."""
     try:
         with zipfile.ZipFile(path) as archive:
             if (bad := archive.testzip()) is not None:
-                raise UserError(f"checkpoint {path} is damaged: wrong checksum in {bad}")
-        return torch.load(path, map_location="cpu", weights_only=True)
+                raise Damaged(f"checkpoint {path} is damaged: wrong checksum in {bad}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not {"step", "model", "config"} <= state.keys():
+            raise Damaged(f"{path} is no checkpoint of train.py")
+        return state
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}") from None
-    except UserError:
+    except Damaged:
         raise
+    except (OSError, MemoryError) as error:  # the file may be good: do not go on from an older one
+        raise UserError(f"cannot read checkpoint {path}: {error or type(error).__name__}") from None
     except Exception as error:  # zipfile, pickle and PyTorch each have their own
-        raise UserError(f"checkpoint {path} is damaged: {type(error).__name__}: {(str(error) or '-').splitlines()[0]}") from None
+        raise Damaged(f"checkpoint {path} is damaged: {type(error).__name__}: {(str(error) or '-').splitlines()[0]}") from None
 
 
 def newest(out_dir):
@@ -68,7 +81,7 @@ def newest(out_dir):
     for path in reversed(paths(out_dir)):
         try:
             return read(path)
-        except UserError as error:
+        except Damaged as error:
             print(f"warning: {error}; trying the one before", file=sys.stderr, flush=True)
     if paths(out_dir):
         raise UserError(f"every checkpoint in {out_dir} is damaged: restore one, or start afresh in another folder")

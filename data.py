@@ -21,6 +21,7 @@ import re
 import shutil
 import sys
 import sysconfig
+import tempfile
 import time
 import warnings
 import zlib
@@ -123,16 +124,16 @@ class Prepare:
     out: str = EMBEDDED  # folder to write; must not exist yet
     source: str = ""  # comma-separated files, folders or Hugging Face datasets (name or name:subset); empty: documentation found here
     val: str = ""  # comma-separated files, each a validation domain of its own; empty: hold out val_share of the documents
-    val_share: float = 0.02  # share of the documents held out where val is empty
+    val_share: float = 0.02  # share of the documents held out where val is empty: one in round(1 / val_share); 0: none
     tokenizer: str = "train"  # train: a byte-pair encoding learned from the corpus; gpt2; or a folder that holds a tokenizer.json
     vocab_size: int = 4096  # ids of a tokenizer trained here, its 2 special tokens included
-    max_tokens: int = 0  # stop after this many training tokens; 0: read all
+    max_tokens: int = 0  # stop after this many training tokens, to about a million; 0: read all
     shard_tokens: int = 100_000_000  # tokens of a shard, 2 bytes each
     text_key: str = "text"  # the field of .jsonl files and datasets that holds the text
 
     def __post_init__(self):
-        if not 0 <= self.val_share < 1:
-            raise UserError(f"val_share must lie in [0, 1), got {self.val_share}")
+        if not 0 <= self.val_share <= 0.5:
+            raise UserError(f"val_share must lie in [0, 0.5], got {self.val_share}")
         if not 258 <= self.vocab_size <= 65536:
             raise UserError(f"vocab_size must lie in 258 (the bytes and 2 special tokens) to 65536 (uint16), got {self.vocab_size}")
         if not 1 <= self.shard_tokens < 2**31:
@@ -171,8 +172,11 @@ def embedded_documents():
     return documents
 
 
+SUFFIX = re.compile(r"\.(txt|md|jsonl)(\.gz)?$")
+
+
 def read_file(path, key):
-    """The documents of one text or .jsonl file; in text, two blank lines part them, and one of over 1 M characters is cut."""
+    """The documents of one text or .jsonl file; in text, two blank lines part them, and at the latest 64 K characters."""
     lines = (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", errors="replace")
     with lines:
         if ".jsonl" in path.suffixes:
@@ -188,11 +192,11 @@ def read_file(path, key):
                 yield text
         else:
             buffer, size, blank = [], 0, 0
-            for line in iter(lambda: lines.readline(2**20), ""):
+            for line in iter(lambda: lines.readline(2**16), ""):
                 blank = 0 if line.strip() else blank + 1
                 buffer.append(line)
                 size += len(line)
-                if blank == 2 or size > 2**20:
+                if blank == 2 or size > 2**16:
                     yield "".join(buffer).strip()
                     buffer, size = [], 0
             yield "".join(buffer).strip()
@@ -202,12 +206,14 @@ def read_documents(source, key):
     """The documents of a file, of the files of a folder in sorted order, or of a Hugging Face dataset (streamed); memory stays bounded."""
     path = Path(source)
     if path.is_dir():
-        files = [file for file in sorted(path.rglob("*")) if re.search(r"\.(txt|md|jsonl)(\.gz)?$", file.name)]
+        files = [file for file in sorted(path.rglob("*")) if SUFFIX.search(file.name)]
         if not files:
             raise UserError(f"{source} holds no .txt, .md or .jsonl file (each may also be .gz)")
         for file in files:
             yield from read_documents(file, key)
     elif path.is_file():
+        if not SUFFIX.search(path.name):
+            raise UserError(f"{path}: sources are .txt, .md or .jsonl files (each may also be .gz); convert or rename it")
         try:
             yield from read_file(path, key)
         except (OSError, EOFError, zlib.error) as error:  # no right to read it, or damaged gzip
@@ -267,6 +273,11 @@ def prepare(cfg):
     domains = {name: re.sub(r"\W", "-", re.sub(ending, "", Path(name).name)) for name in cfg.val.split(",") if name}
     if len(set(domains.values())) < len(domains):
         raise UserError(f"val names two files alike ({', '.join(domains)}): each makes a validation domain of its name; rename one")
+    for name, domain in domains.items():
+        if not Path(name).is_file():
+            raise UserError(f"val: there is no file {name}")
+        if domain == "loss":
+            raise UserError(f"val: {name} would be logged as val/loss, which is the mean over domains; rename it")
 
     def documents():
         texts = itertools.chain.from_iterable(read_documents(s, cfg.text_key) for s in sources) if sources else embedded_documents()
@@ -279,13 +290,17 @@ def prepare(cfg):
                 break
             yield text
 
-    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
     start, shown = time.perf_counter(), 0.0
+    partial = None
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f"{out.name}.partial-", dir=out.parent))
+        partial.chmod(0o755)  # mkdtemp keeps others out
         if cfg.tokenizer == "train":
             tokenizer = train_tokenizer(start_of(documents()), cfg.vocab_size)
         else:
+            if cfg.tokenizer != "gpt2" and not Path(cfg.tokenizer, "tokenizer.json").exists():
+                raise UserError(f"tokenizer = {cfg.tokenizer!r} is neither train, gpt2 nor a folder that holds a tokenizer.json")
             tokenizer = load_tokenizer(cfg.tokenizer)
         if tokenizer.n_vocab > 65536:
             raise UserError(f"tokenizer {cfg.tokenizer} has {tokenizer.n_vocab} ids; bins hold uint16, at most 65536")
@@ -304,10 +319,10 @@ def prepare(cfg):
                 rate = total / (shown - start)
                 print(f"\r{out}: {total / 1e6:,.1f} M tokens, {rate / 1e6:.2f} M tokens/s ", end="", file=sys.stderr, flush=True)
 
-        def add_all(documents, split_of):
+        def add_all(documents, split_of, most=0):
             waiting, sizes = {}, {}
             for i, text in enumerate(documents):
-                if cfg.max_tokens and "train" in writers and writers["train"].total >= cfg.max_tokens:
+                if most and "train" in writers and writers["train"].total >= most:
                     break
                 split = split_of(i)
                 waiting.setdefault(split, []).append(text)
@@ -319,12 +334,17 @@ def prepare(cfg):
                 add(split, texts)
 
         every = round(1 / cfg.val_share) if cfg.val_share and not cfg.val else 0
-        add_all(documents(), lambda i: "val" if every and i % every == every - 1 else "train")
+        add_all(documents(), lambda i: "val" if every and i % every == every - 1 else "train", cfg.max_tokens)
         for name, domain in domains.items():
             add_all(filter(None, read_documents(name, cfg.text_key)), lambda i: f"val_{domain}")
         print("\r\033[K" if shown else "", end="", file=sys.stderr)
         if "train" not in writers:
             raise UserError(f"no text in {cfg.source}")
+        for split in [f"val_{domain}" for domain in domains.values()] or ["val"] * (every > 0):
+            if split not in writers:
+                raise UserError(f"no text for {split} in {cfg.val}" if domains else
+                                f"fewer than {every} documents leave none for validation: give --val=FILE or a larger --val_share, "
+                                "or part documents by two blank lines")
         for writer in writers.values():
             writer.close()
         meta = {"tokenizer": tokenizer.name, "vocab_size": tokenizer.n_vocab, "source": cfg.source or "embedded",
@@ -335,8 +355,11 @@ def prepare(cfg):
         except OSError:  # another process was first; its folder is as good
             if not (out / "meta.json").exists():
                 raise
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
     counts = ", ".join(f"{total:,} {split}" for split, total in meta["tokens"].items())
     print(f"{out}: {counts} tokens, tokenizer {tokenizer.name}, {time.perf_counter() - start:.0f} s", flush=True)
 
@@ -386,15 +409,19 @@ def open_corpus(folder):
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no data at {folder}: prepare it with python data.py --out={folder} --source=...")
-    train, val = [], {}
+    train, val, others = [], {}, []
     for path in sorted(folder.glob("*.bin")):
         if match := re.search(r"(?:^|_)val(?:_(?!\d{1,6}\.bin$)(.+?))?(?:_\d{1,6})?\.bin$", path.name):
             val.setdefault(match[1] or "val", []).append(path)
         elif re.search(r"(?:^|_)train(?:_\d+)?\.bin$", path.name):
             train.append(path)
+        else:
+            others.append(path.name)
+    if others:
+        raise UserError(f"{folder}: is {others[0]} for training or validation? Name it NAME_train_000000.bin or NAME_val_000000.bin")
     if not train or not val:
         missing = "val" if train else "train"
-        raise UserError(f"{folder} holds no {missing} bins (*.bin with {missing} in the name)")
+        raise UserError(f"{folder} holds no {missing} bins (NAME_{missing}_000000.bin or {missing}.bin)")
     return Corpus(train), {domain: Corpus(paths) for domain, paths in val.items()}
 
 
@@ -471,14 +498,15 @@ class Episodes:
     """Subset-Masked-LM episodes (Bansal et al. 2020, arXiv 2009.08445): N-way classification of which word was masked.
 
     N words are drawn, and for each K support and Q query windows that end at the word and share no position; every occurrence of the
-    word in its window becomes <|mask|>, also in another case or without the space. The label is the word's place in the order drawn,
+    word in its window becomes <|mask|>, also in another case or without the space; a window that still spells it out, in several
+    tokens, is passed over. The label is the word's place in the order drawn,
     so it means nothing in the next episode. A decoder reads the left context only, which is why a window ends at the mask.
     """
 
     def __init__(self, corpus, tokenizer, ways, shots, queries, window, seed):
         self.corpus, self.ways, self.shots, self.queries, self.window, self.seed = corpus, ways, shots, queries, window, seed
         self.word, self.continues, self.spelling = word_tables(tokenizer)
-        self.mask_id = tokenizer.encode_single_token("<|mask|>")
+        self.tokenizer, self.mask_id = tokenizer, tokenizer.encode_single_token("<|mask|>")
         # Pieces are cut from the shards at a random offset; a short corpus has few, or one that is shorter.
         self.piece = min(PIECE, max(map(len, corpus.shards)))
         self.counts = np.array([max(1, len(shard) // self.piece - 1) if len(shard) >= self.piece else 0 for shard in corpus.shards])
@@ -511,7 +539,7 @@ class Episodes:
             at, tokens = at[order], tokens[order]
             words, first, count = np.unique(tokens, return_index=True, return_counts=True)
             band = np.flatnonzero((count >= need) & (count <= max(need, MAX_SHARE * pieces.size)))
-            picked, windows, spelled = [], [], set()
+            windows, spelled = [], set()
             for j in rng.permutation(band):
                 places, last = [], -self.window
                 for place in at[first[j]:first[j] + count[j]]:
@@ -520,15 +548,20 @@ class Episodes:
                         last = place
                 if len(places) < need or self.spelling[words[j]] in spelled:
                     continue
-                picked.append(words[j])
-                spelled.add(self.spelling[words[j]])
-                windows.append(rng.permutation(places)[:need])
-                if len(picked) == self.ways:
-                    ends = np.array(windows)[..., None]  # (N, K + Q, 1)
-                    ids = pieces.ravel()[ends + np.arange(1 - self.window, 1)].astype(np.int64)
-                    ids[self.spelling[ids] == self.spelling[picked][:, None, None]] = self.mask_id
-                    return ids
-            found = max(found, len(picked))
+                chosen, spelt = [], self.tokenizer.decode([int(words[j])]).strip().lower()
+                for place in rng.permutation(places):
+                    ids = pieces.ravel()[place + 1 - self.window:place + 1].astype(np.int64)
+                    ids[self.spelling[ids] == self.spelling[words[j]]] = self.mask_id
+                    text = self.tokenizer.decode(ids.tolist()).lower()
+                    if spelt not in text or not re.search(rf"\b{spelt}\b", text):  # the first test is the fast one
+                        chosen.append(ids)
+                    if len(chosen) == need:
+                        windows.append(chosen)
+                        spelled.add(self.spelling[words[j]])
+                        break
+                if len(windows) == self.ways:
+                    return np.array(windows)
+            found = max(found, len(windows))
         raise UserError(f"episodes: only {found} words have {need} windows of {self.window} tokens apart in {pieces.size:,} tokens, "
                         f"ways = {self.ways} are needed; lower ways, shots, queries or window, or add text")
 
@@ -540,7 +573,8 @@ class Episodes:
 
 if __name__ == "__main__":
     try:
-        chosen = config.load(Prepare, sys.argv[1:], __doc__)
-        prepare(chosen)
+        prepare(config.load(Prepare, sys.argv[1:], __doc__))
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -142,6 +142,7 @@ class OutputLoss(torch.autograd.Function):
         return total / len(x)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable  # a second derivative is an error, not silently wrong
     def backward(ctx, grad):
         grad_x, grad_w = ctx.saved_tensors
         scale = grad / len(grad_x)

@@ -99,6 +99,7 @@ class Config(ModelConfig):
         for key, choices in (("head_start", ("zero", "random")), ("wandb", ("disabled", "offline", "online")),
                              ("dtype", ("auto", "bfloat16", "float32"))):
             need(getattr(self, key) in choices, f"{key} must be one of {', '.join(choices)}, got {getattr(self, key)!r}")
+        need(self.seed < 2**63, f"seed must be below 2**63, got {self.seed}")
         need(0 <= self.meta_share <= 1, f"meta_share must lie in [0, 1], got {self.meta_share}")
         need(self.ways >= 2, f"ways must be at least 2, got {self.ways}")
         need(2 <= self.window <= self.context, f"window = {self.window} must lie in 2 to context = {self.context}")
@@ -111,7 +112,7 @@ class Config(ModelConfig):
 
 
 # May differ from the checkpoint on a resume: they do not change what is computed (device, dtype and compile change how it rounds).
-FREE = {"out_dir", "log_every", "eval_every", "eval_sequences", "probe_every", "checkpoint_every", "keep", "keep_every",
+FREE = {"out_dir", "data", "log_every", "eval_every", "eval_sequences", "probe_every", "checkpoint_every", "keep", "keep_every",
         "wandb", "wandb_project", "device", "dtype", "compile"}
 MAX_SKIPPED = 10  # updates skipped in a row for a non-finite gradient that end a run
 METRICS = ("train/loss", "meta/query_loss", "meta/query_acc", "meta/query_acc_unadapted", "meta/support_acc")
@@ -169,6 +170,8 @@ def pick_device(cfg):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and alone else "cpu"
     if not alone and name not in ("cuda", "cpu"):
         raise UserError(f"device = {cfg.device!r} with several ranks: give cuda (each rank takes its own GPU) or cpu")
+    if name.split(":")[0] not in ("cuda", "mps", "cpu"):
+        raise UserError(f"device must be auto, cuda, mps or cpu, got {name!r}")
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
@@ -232,14 +235,17 @@ def start_wandb(cfg, run_id):
         return None
 
 
-def resume_from(cfg):
-    """The newest good checkpoint of out_dir or None; refuses one whose config differs in a field that matters."""
+def resume_from(cfg, corpus):
+    """The newest good checkpoint of out_dir or None; refuses one whose config differs in a field that matters, or whose data."""
     state = checkpoint.newest(cfg.out_dir)
     if state is not None:
         saved, now = state["config"], asdict(cfg)
         differ = [f"{key} = {saved.get(key)!r} there, {now[key]!r} here" for key in now if key not in FREE and saved.get(key) != now[key]]
         if differ:
             raise UserError(f"{cfg.out_dir} holds a run with another config ({'; '.join(differ)}): take its values, or another --out_dir")
+        if state["corpus_tokens"] != corpus.tokens:
+            raise UserError(f"{cfg.out_dir} holds a run on {state['corpus_tokens']:,} training tokens, {cfg.data} has {corpus.tokens:,}: "
+                            "give its --data, or another --out_dir")
     return state
 
 
@@ -316,13 +322,13 @@ def main(argv):
     groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": cfg.weight_decay},
               {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=True)
-    step, tokens, flops, seconds, run_id = 0, 0, 0, 0.0, f"{int(time.time()):x}"
+    step, tokens, flops, seconds, run_id = 0, 0, 0, 0.0, os.urandom(4).hex()
     # Kept on the device, since reading them waits for it: the sum of each metric and its micro-steps since the last log, over all
     # ranks; updates skipped so far and in a row. What the host counts since the last log is in `since`.
     sums = torch.zeros(2, len(METRICS), device=device)
     skipped = torch.zeros(2, device=device)
     since = {"steps": 0, "seconds": 0.0, "tokens": 0, "flops": 0, "episodes": 0, "stuck": 0}
-    state = resume_from(cfg)
+    state = resume_from(cfg, corpus)
     if state is not None:
         decoder.load_state_dict(state["model"])
         learner.head.load_state_dict(state["head"])
@@ -371,7 +377,7 @@ def main(argv):
         print0(f"note      max_steps = {cfg.max_steps} ends within warmup_steps = {cfg.warmup_steps}: lr = {cfg.lr:g} is never reached")
     if resumed is not None:
         print0(f"resume    from {out_dir}/ckpt_{step:06d}.pt" + (": the run is finished" if step >= cfg.max_steps else ""))
-    print0(end="", flush=True)
+    sys.stdout.flush()
 
     def log(name, line):
         if rank == 0:
@@ -429,7 +435,7 @@ def main(argv):
             checkpoint.save(out_dir, {
                 "model": decoder.state_dict(), "head": learner.head.state_dict(), "optimizer": optimizer.state_dict(),
                 "config": asdict(cfg), "step": step, "tokens": tokens, "flops": flops, "seconds": seconds, "run_id": run_id,
-                "since": since, "sums": sums, "skipped": skipped,
+                "since": since, "sums": sums, "skipped": skipped, "corpus_tokens": corpus.tokens,
             }, cfg.keep, cfg.keep_every)
         if stop or step >= cfg.max_steps:
             break
@@ -534,3 +540,5 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:  # before the first step, or a second Ctrl-C
+        sys.exit(130)

@@ -53,6 +53,19 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_afresh(tmp_path)
         checkpoint.newest(tmp_path)
 
 
+def test_a_good_checkpoint_that_cannot_be_read_just_now_is_not_passed_over(tmp_path, monkeypatch):
+    """It counted as damaged; the run then went on from an older one and deleted it."""
+    checkpoint.save(tmp_path, state(1), keep=5)
+    checkpoint.save(tmp_path, state(2), keep=5)
+
+    def broken(*args, **options):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(checkpoint.zipfile, "ZipFile", broken)
+    with pytest.raises(UserError, match="cannot read checkpoint .*Input/output error"):
+        checkpoint.newest(tmp_path)
+
+
 def test_a_checkpoint_that_cannot_be_written_is_told_in_one_line(tmp_path):
     with pytest.raises(UserError, match="cannot write checkpoint .*nowhere"):
         checkpoint.save(tmp_path / "nowhere", state(1), keep=1)

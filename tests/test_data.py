@@ -307,6 +307,10 @@ def test_a_failed_preparation_leaves_nothing_behind(tmp_path):
     (tmp_path / "a.txt.gz").write_bytes(b"\x1f\x8b\x08 and no more")
     refuses(lambda: prepare(tmp_path, source=str(tmp_path / "a.txt.gz")), "cannot read", "a.txt.gz")
     (tmp_path / "a.txt.gz").unlink()
+    refuses(lambda: prepare(tmp_path, source=str(tmp_path / "a.jsonl"), val=str(tmp_path / "typo.txt")), "no file", "typo.txt")
+    refuses(lambda: prepare(tmp_path, source=str(tmp_path / "a.jsonl"), out=str(tmp_path / "a.jsonl" / "bins")), "cannot write")
+    (tmp_path / "a.jsonl").write_text('{"text": "one document"}\n')
+    refuses(lambda: prepare(tmp_path, source=str(tmp_path / "a.jsonl")), "fewer than 50 documents leave none for validation")
     (tmp_path / "empty").mkdir()
     refuses(lambda: prepare(tmp_path, source=str(tmp_path / "empty")), "holds no .txt, .md or .jsonl file")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "empty"]
@@ -316,13 +320,24 @@ def test_a_long_text_without_blank_lines_is_cut_so_that_memory_stays_bounded(tmp
     for text in ("a line of text\n" * 200_000, "no line ends " * 200_000):
         (tmp_path / "a.txt").write_text(text)
         sizes = [len(part) for part in data.read_documents(tmp_path / "a.txt", "text")]
-        assert max(sizes) <= 2**21 and len(sizes) > 1 and sum(sizes) > len(text) - 100
+        assert max(sizes) <= 2**17 and len(sizes) > 1 and sum(sizes) > len(text) - 100
 
 
 def test_max_tokens_stops_the_reading(tmp_path):
     (tmp_path / "a.txt").write_text("\n\n\n".join("words " * 1000 for _ in range(3000)))
     _, train, _ = prepare(tmp_path, source=str(tmp_path / "a.txt"), max_tokens=100_000)
     assert 100_000 <= train.tokens < 1_000_000
+    (tmp_path / "v.txt").write_text("other words")
+    more = str(tmp_path / "more")
+    data.prepare(Prepare(out=more, source=str(tmp_path / "a.txt"), max_tokens=1000, val=str(tmp_path / "v.txt"), vocab_size=300))
+    train, val = open_corpus(more)
+    assert 1000 <= train.tokens < 1_000_000 and list(val) == ["v"], "the limit is on the training text alone"
+
+
+def test_bins_of_unclear_names_are_not_left_out_in_silence(tmp_path):
+    for name in ("train_000000", "val_000000", "train-00001"):
+        write_bin(tmp_path / f"{name}.bin", [1, 2])
+    refuses(lambda: open_corpus(tmp_path), "is train-00001.bin for training or validation?")
 
 
 def test_a_tokenizer_file_of_another_kind_is_refused(tmp_path):

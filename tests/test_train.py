@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -257,6 +258,14 @@ def test_a_finished_run_is_left_alone(toy, tmp_path, whole, capsys):
     run(toy, out_dir)
     assert {path.name: path.read_bytes() for path in out_dir.iterdir()} == before
     assert "the run is finished" in capsys.readouterr().out
+
+
+def test_a_run_goes_on_where_its_data_moved_but_not_on_other_data(toy, tmp_path, whole):
+    moved = shutil.copytree(toy, tmp_path / "moved")
+    run(moved, whole[2])
+    (moved / "train_000001.bin").unlink()
+    with pytest.raises(UserError, match="a run on 150,000 training tokens, .* has 100,000"):
+        run(moved, whole[2])
 
 
 def test_a_config_that_contradicts_the_checkpoint_is_refused_field_by_field(toy, whole):
