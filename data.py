@@ -269,8 +269,7 @@ def prepare(cfg):
     if out.exists():
         raise UserError(f"{out} is already there: remove it, or write elsewhere with --out=")
     sources = [source for source in cfg.source.split(",") if source]
-    ending = r"(\.val)?\.(txt|md|jsonl)(\.gz)?$"
-    domains = {name: re.sub(r"\W", "-", re.sub(ending, "", Path(name).name)) for name in cfg.val.split(",") if name}
+    domains = {name: re.sub(r"\W", "-", SUFFIX.sub("", Path(name).name).removesuffix(".val")) for name in cfg.val.split(",") if name}
     if len(set(domains.values())) < len(domains):
         raise UserError(f"val names two files alike ({', '.join(domains)}): each makes a validation domain of its name; rename one")
     for name, domain in domains.items():
