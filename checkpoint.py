@@ -88,11 +88,17 @@ def newest(out_dir):
     return None
 
 
-def load_model(path):
-    """The Decoder of a checkpoint file, or of the newest good checkpoint of a run's folder, in eval mode on the CPU."""
+def load(path):
+    """The state in a checkpoint file, or in the newest good one of a run's folder."""
     state = newest(path) if Path(path).is_dir() else read(path)
     if state is None:
         raise UserError(f"no checkpoint in {path}: a run writes ckpt_*.pt there")
+    return state
+
+
+def load_model(source):
+    """The Decoder of a checkpoint file, of a run's folder (its newest good one), or of a state that was read; eval mode, on the CPU."""
+    state = source if isinstance(source, dict) else load(source)
     cfg = ModelConfig(**{field.name: state["config"][field.name] for field in fields(ModelConfig)})
     decoder = Decoder(cfg, torch.Generator())  # a generator of its own, so that the caller's random numbers stay as they are
     decoder.load_state_dict(state["model"])

@@ -58,9 +58,9 @@ class Attention(nn.Module):
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
         return rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype), v
 
-    def forward(self, x, cos, sin):
+    def forward(self, x, cos, sin, visible=None):
         q, k, v = self.qkv(x, cos, sin)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # (B, H, T, C)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None, enable_gqa=True)  # (B, H, T, C)
         return self.o_proj(y.transpose(1, 2).flatten(-2))  # (B, T, D)
 
 
@@ -83,8 +83,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(cfg.d_model, cfg.norm_eps)
         self.mlp = MLP(cfg)
 
-    def forward(self, x, cos, sin):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+    def forward(self, x, cos, sin, visible=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, visible)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -108,9 +108,12 @@ class Backbone(nn.Module):
             raise ValueError(f"{T} positions given, the model reads at most context = {len(self.cos)}")
         return self.cos[:T], self.sin[:T]
 
-    def forward(self, ids):
+    def forward(self, ids, visible=None):
+        """visible (B, T) bool turns the causal mask off: every position then attends to all that are True (the rest is padding)."""
         rope = self.positions(ids.shape[1])
         x = self.embed_tokens(ids)  # (B, T, D)
+        if visible is not None:
+            rope = (*rope, visible[:, None, None])  # (B, 1, 1, T), for all heads and queries
         for layer in self.layers:
             x = layer(x, *rope)
         return self.norm(x)
@@ -168,9 +171,9 @@ class Decoder(nn.Module):
                 writes = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.cfg.n_layers) if writes else 0.02, generator=generator)
 
-    def hidden(self, ids):
-        """ids (B, T) -> features before the output layer (B, T, D)."""
-        return self.model(ids)
+    def hidden(self, ids, visible=None):
+        """ids (B, T) -> features before the output layer (B, T, D); visible (B, T): without the causal mask, as in `Backbone`."""
+        return self.model(ids, visible)
 
     def forward(self, ids, targets=None):
         """ids (B, T) -> logits (B, T, V); with targets (B, T), the mean cross-entropy in nats instead."""

@@ -89,7 +89,7 @@ def main(argv):
         state = checkpoint.read(path)
         cfg = state["config"]
         ids = fixed_batch(data.open_corpus(cfg["data"])[1], cfg["d_model"], cfg["context"])
-        print(json.dumps({"step": state["step"], "tokens": state["tokens"]} | measure(checkpoint.load_model(path), ids)), flush=True)
+        print(json.dumps({"step": state["step"], "tokens": state["tokens"]} | measure(checkpoint.load_model(state), ids)), flush=True)
 
 
 if __name__ == "__main__":

@@ -220,19 +220,25 @@ def evaluate(learner, domains, device, rank, world):
     return {"val/loss": sum(losses) / len(losses)} | by_domain
 
 
-def start_wandb(cfg, run_id):
-    """A wandb run, or None where it is off or fails: it never stops training."""
-    if cfg.wandb == "disabled":
-        return None
-    try:
+def start_wandb(cfg, name, folder, run_id=None):
+    """(log, finish) of a new wandb run, or of the run `run_id` continued. wandb never stops training: where it is off or fails to start
+    they do nothing, and where they fail they warn."""
+    def guarded(call):
+        def attempt(*args):
+            try:
+                return call(*args)
+            except Exception as error:
+                print(f"warning: wandb failed, the run goes on: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return attempt
+
+    def start():
         import wandb
-        run = wandb.init(project=cfg.wandb_project, name=Path(cfg.out_dir).name, config=asdict(cfg), mode=cfg.wandb, dir=cfg.out_dir,
-                          id=run_id, resume="allow")
+        run = wandb.init(project=cfg.wandb_project, name=name, config=asdict(cfg), mode=cfg.wandb, dir=folder, id=run_id, resume="allow")
         run.define_metric("*", step_metric="step")  # wandb's own step may not go back, as a resume does
         return run
-    except Exception as error:
-        print(f"warning: training goes on without wandb: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return None
+
+    run = guarded(start)() if cfg.wandb != "disabled" else None
+    return (guarded(run.log), guarded(run.finish)) if run is not None else (lambda line: None, lambda: None)
 
 
 def resume_from(cfg, corpus):
@@ -361,7 +367,7 @@ def main(argv):
     # A kind of step leaves the other kind's parameters without gradient; all ranks draw the same kinds, so none waits for another.
     model = DistributedDataParallel(learner, device_ids=[device] if device.type == "cuda" else None, forward_sync_buffers=False,
                                     gradient_as_bucket_view=True, find_unused_parameters=True) if world > 1 else learner
-    run = start_wandb(cfg, run_id) if rank == 0 else None
+    log_wandb, finish_wandb = start_wandb(cfg, out_dir.name, cfg.out_dir, run_id) if rank == 0 else (None, lambda: None)
     peak = peak_flops(device, dtype) * world
 
     held_out = sum(split.tokens for split in validation.values())
@@ -384,11 +390,7 @@ def main(argv):
             line = {"step": step, "tokens": tokens} | {key: value for key, value in line.items() if math.isfinite(value)}  # JSON has no NaN
             with open(out_dir / name, "a") as file:
                 file.write(json.dumps(line) + "\n")
-            if run is not None:
-                try:
-                    run.log(line)
-                except Exception as error:
-                    print(f"warning: wandb: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            log_wandb(line)
 
     def build(at):
         """The batch of micro-step `at`, counted over the whole run; in the background, one ahead."""
@@ -526,11 +528,7 @@ def main(argv):
             print0(f"sample    {tokenizer.decode([i for i in ids[0].tolist() if i < tokenizer.n_vocab])!r}")
     print0(f"files     {out_dir / f'ckpt_{step:06d}.pt'} (checkpoint), {out_dir / 'log.jsonl'} (losses), "
            f"{out_dir / 'probes.jsonl'} (effective ranks, attention entropies)", flush=True)
-    if run is not None:
-        try:
-            run.finish()
-        except Exception as error:
-            print(f"warning: wandb: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    finish_wandb()
     if world > 1:
         dist.destroy_process_group()
 

@@ -1,0 +1,455 @@
+"""eval_ner.py: reading, aligning, scoring, fine-tuning, downloading."""
+
+import itertools
+import json
+import random
+import subprocess
+import sys
+import threading
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SHARED, TOY_VOCAB
+from seqeval.metrics import classification_report, f1_score, precision_score, recall_score
+from seqeval.scheme import IOB2
+
+import checkpoint
+import data
+import eval_ner
+from config import UserError
+from eval_ner import TAGS, TYPES
+from model import Decoder, ModelConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+UNER = SHARED / "uner"
+shared = pytest.mark.skipif(not UNER.exists(), reason=f"no treebanks in {UNER}")
+MODEL = ModelConfig(d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=TOY_VOCAB + 6, context=24)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(toy):
+    return data.load_tokenizer(toy)
+
+
+@pytest.fixture(scope="module")
+def treebanks(tmp_path_factory, toy):
+    """Two treebanks over the toy corpus's words whose tags can be learned: the vocabulary's first words are people, the next places,
+    the next organisations of two words."""
+    folder, rng = tmp_path_factory.mktemp("uner"), random.Random(0)
+    spec = data.load_tokenizer(toy)
+    words = [spec.decode([256 + i]).strip() for i in range(200)]
+
+    def sentence():
+        for _ in range(rng.randint(2, 12)):
+            kind = rng.random()
+            if kind < 0.15:
+                yield words[rng.randrange(20)], "B-PER"
+            elif kind < 0.3:
+                yield words[20 + rng.randrange(20)], "B-LOC"
+            elif kind < 0.4:
+                yield words[40 + rng.randrange(20)], "B-ORG"
+                yield words[60 + rng.randrange(20)], "I-ORG"
+            else:
+                yield words[80 + rng.randrange(120)], "O"
+
+    for name in ("one", "two"):
+        for split, n in (("train", 200), ("dev", 40), ("test", 40)):
+            lines = []
+            for i in range(n):
+                lines += [f"# sent_id = {i}", *(f"{j}\t{word}\t{tag}\t-\t-" for j, (word, tag) in enumerate(sentence(), 1)), ""]
+            (folder / f"{name}-ud-{split}.iob2").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture
+def run(toy, tmp_path):
+    """A run's folder with a checkpoint of a small random model."""
+    out = tmp_path / "run"
+    out.mkdir()
+    decoder = Decoder(MODEL, torch.Generator().manual_seed(1))
+    checkpoint.save(out, {"step": 7, "model": decoder.state_dict(), "config": vars(MODEL)}, keep=1)
+    (out / "tokenizer.json").write_text((toy / "tokenizer.json").read_text())
+    return out
+
+
+def evaluate(run, treebanks, *flags):
+    eval_ner.main([str(run), f"--data={treebanks}", "--device=cpu", "--dtype=float32", "--lr=3e-3", *flags])
+    return [json.loads(line) for line in (run / "ner.jsonl").read_text().splitlines()]
+
+
+# ---- reading ----
+
+
+def test_reads_what_is_published_in_all_its_forms(tmp_path):
+    """Blank lines that hold a tab, Windows line ends, a byte-order mark, 3 to 5 columns, spaces and odd line separators within words."""
+    path = tmp_path / "a.iob2"
+    path.write_bytes(
+        "\ufeff# newdoc id = 1\n# sent_id = 1\n1\t国际\tB-ORG\t-\tlinpq\n2\t北极\tI-ORG\t-\tlinpq\n3\t。\tO\t-\t-\n\t\n"
+        "# text = x\r\n1\tОбамы\tB-PER\r\n2\t20 000\tO\tO#O\ts\r\n\r\n\n\n"
+        "1\t#\tO\n2\ta\u2028b\x85c\tB-OTH\n3\td\tI-OTH\n4\te\tB-O\n5\tf\tI-LOC\n# comment\n6\tg\tI-O\n\n# the end".encode()
+    )
+    assert eval_ner.read_iob2(path) == [
+        (["国际", "北极", "。"], ["B-ORG", "I-ORG", "O"]),
+        (["Обамы", "20 000"], ["B-PER", "O"]),
+        (["#", "a\u2028b\x85c", "d", "e", "f", "g"], ["O", "O", "O", "O", "I-LOC", "O"]),
+    ]
+
+
+@pytest.mark.parametrize("line", ["1 Anna B-PER", "1\tAnna", "1\tAnna\tPER", "1\tAnna\tB-MISC", "1\tAnna\tb-per", "1\t\tO", "<html>"])
+def test_a_malformed_line_is_named(tmp_path, line):
+    path = tmp_path / "a.iob2"
+    path.write_text(f"# c\n1\tok\tO\n\n{line}\n")
+    with pytest.raises(UserError) as error:
+        eval_ner.read_iob2(path)
+    assert f"{path}, line 4" in str(error.value) and repr(line) in str(error.value) and "\n" not in str(error.value)
+    path.write_bytes(b"1\t\xff\tO\n")
+    with pytest.raises(UserError, match="cannot read .*a.iob2"):
+        eval_ner.read_iob2(path)
+
+
+# From the .stats files beside the treebanks: sentences, words, spans. Those of en_pud and tl_trg count annotations from before a
+# later correction of the .iob2 files: their spans are left out. da_ddt and hr_set have none.
+STATS = {
+    "ceb_gja-ud-test": (188, 1295, {"LOC": 6, "PER": 42, "ORG": 1}),
+    "en_ewt-ud-dev": (2001, 25149, {"LOC": 399, "PER": 343, "ORG": 224}),
+    "en_ewt-ud-test": (2077, 25097, {"LOC": 317, "PER": 449, "ORG": 322}),
+    "en_pud-ud-test": (1000, 21176, None),
+    "pt_bosque-ud-train": (7018, 171776, {"LOC": 2425, "PER": 2914, "ORG": 2762}),
+    "pt_bosque-ud-test": (1167, 27604, {"LOC": 317, "PER": 442, "ORG": 456}),
+    "sk_snk-ud-train": (8483, 80628, {"LOC": 277, "PER": 2277, "ORG": 153}),
+    "sk_snk-ud-test": (1061, 12736, {"LOC": 326, "PER": 539, "ORG": 50}),
+    "tl_trg-ud-test": (128, 734, None),
+}
+
+
+@pytest.mark.shared
+@shared
+@pytest.mark.parametrize("name", STATS)
+def test_counts_are_those_published(name):
+    sentences = eval_ner.read_iob2(UNER / f"{name}.iob2")
+    found = Counter(tag[2:] for _, tags in sentences for tag in tags if tag.startswith("B-"))
+    n_sentences, n_words, n_spans = STATS[name]
+    assert (len(sentences), sum(len(words) for words, _ in sentences)) == (n_sentences, n_words)
+    assert n_spans is None or found == n_spans
+
+
+@pytest.mark.shared
+@shared
+def test_every_file_at_hand_reads():
+    paths = sorted(UNER.glob("*.iob2"))
+    assert len(paths) >= 17
+    for path in paths:
+        lines = path.read_text().split("\n")
+        rows = sum(bool(line) and not line.startswith("#") for line in lines)
+        sentences = eval_ner.read_iob2(path)
+        assert sum(len(words) for words, _ in sentences) == rows
+        assert all(len(words) == len(tags) > 0 and set(tags) <= set(TAGS) for words, tags in sentences)
+
+
+# ---- span F1 ----
+
+
+def random_tags(rng, sentences, weights):
+    return [rng.choices(TAGS, weights, k=rng.randint(1, 15)) for _ in range(sentences)]
+
+
+@pytest.mark.parametrize("o", [1, 5, 20])
+@pytest.mark.parametrize("strict", [False, True])
+def test_span_f1_equals_seqeval(strict, o):
+    """On random tags, most of which are no well-formed IOB2, and on predictions that are partly right."""
+    options = {"mode": "strict", "scheme": IOB2} if strict else {}
+    for seed in range(30):
+        rng = random.Random(seed)
+        true = random_tags(rng, 20, [o, 1, 1, 1, 1, 1, 1])
+        pred = [[tag if rng.random() < 0.8 else rng.choice(TAGS) for tag in tags] for tags in true]
+        ours = eval_ner.span_f1(true, pred, strict)
+        for key, theirs in (("f1", f1_score), ("precision", precision_score), ("recall", recall_score)):
+            assert ours[key] == pytest.approx(theirs(true, pred, zero_division=0, **options), abs=1e-12)
+        report = classification_report(true, pred, output_dict=True, zero_division=0, **options)
+        for kind in set(report) & set(TYPES):
+            scores = ours["per_type"][kind]
+            assert [scores[key] for key in ("precision", "recall", "f1", "support")] == pytest.approx(
+                [report[kind][key] for key in ("precision", "recall", "f1-score", "support")]
+            )
+
+
+@pytest.mark.parametrize(
+    "tags",
+    ["I-PER I-PER", "B-PER I-LOC I-PER", "O I-ORG O", "B-PER B-PER I-PER", "I-LOC B-LOC I-LOC", "B-ORG O I-ORG", "I-PER I-LOC B-LOC",
+     "O O"],
+)
+def test_span_f1_of_ill_formed_tags_equals_seqeval(tags):
+    tags = tags.split()
+    for other in (tags, tags[::-1], ["O"] * len(tags), ["B-PER"] + ["I-PER"] * (len(tags) - 1)):
+        for strict, options in ((False, {}), (True, {"mode": "strict", "scheme": IOB2})):
+            if strict and all(tag == "O" for tag in tags + other):
+                continue  # seqeval fails where there is no span at all
+            ours = eval_ner.span_f1([tags, ["I-PER"]], [other, ["O"]], strict)
+            theirs = f1_score([tags, ["I-PER"]], [other, ["O"]], zero_division=0, **options)
+            assert ours["f1"] == pytest.approx(theirs, abs=1e-12), (other, strict)
+
+
+def test_span_f1_without_spans_is_zero_and_lengths_must_agree():
+    scores = eval_ner.span_f1([["O", "O"]], [["O", "O"]])
+    assert scores["f1"] == scores["precision"] == scores["recall"] == 0 and set(scores["per_type"]) == set(TYPES)
+    with pytest.raises(ValueError, match="2 true tags and 1"):
+        eval_ner.span_f1([["O", "O"]], [["O"]])
+
+
+# ---- words and sub-tokens ----
+
+
+def check_windows(sentences, tokenizer, context, label):
+    """Every word is read once, where its first or last sub-token lies, in a window that is a stretch of its sentence."""
+    windows = eval_ner.cut(sentences, tokenizer, context, label)
+    flat = [tokenizer.encode_ordinary(" " + word)[:context] for words, _ in sentences for word in words]
+    begins = set(itertools.accumulate(len(words) for words, _ in sentences))  # numbers of the first words of sentences
+    assert [number for window in windows for number in window.words] == list(range(len(flat)))
+    for window in windows:
+        assert len(window.ids) <= context and len(window.at) == len(window.words) > 0
+        for position, number in zip(window.at, window.words):
+            end = position + (len(flat[number]) if label == "first" else 1)
+            assert window.ids[end - len(flat[number]):end] == flat[number]
+        if len(window.ids) < context:  # the rest of the sentence would not have fitted, or there is none
+            following = window.words[-1] + 1
+            assert following in begins or len(window.ids) + len(flat[following]) > context
+
+
+@pytest.mark.parametrize("label", ["first", "last"])
+def test_every_word_is_read_once_where_its_sub_token_lies(tokenizer, label):
+    """Random words of any script, of one to hundreds of sub-tokens, in sentences of any length."""
+    for seed in range(40):
+        rng = random.Random(seed)
+        alphabets = ["abcdefghij", "зиклмн", "国际北极研究", "🙂👍", " -'.", "éßø", "\u200d\u2028"]
+        sentences = []
+        for _ in range(rng.randint(1, 8)):
+            words = ["".join(rng.choices(rng.choice(alphabets), k=rng.choice([1, 2, 5, 9, 60]))) for _ in range(rng.choice([1, 3, 30, 90]))]
+            sentences.append((words, ["O"] * len(words)))
+        check_windows(sentences, tokenizer, rng.choice([2, 5, 24, 128]), label)
+
+
+def test_a_long_sentence_is_read_with_what_came_before(tokenizer):
+    words = [tokenizer.decode([256 + i]).strip() for i in range(60)]  # each one sub-token
+    windows = eval_ner.cut([(words, ["O"] * 60)], tokenizer, 24, "first")
+    assert [window.words[0] for window in windows] == [0, 24, 36, 48] and [window.at[0] for window in windows] == [0, 12, 12, 12]
+
+
+@pytest.mark.shared
+@shared
+@pytest.mark.parametrize("context", [16, 128])
+def test_every_word_of_the_real_treebanks_is_read_once(tokenizer, context):
+    for name in ("da_ddt-ud-dev", "hr_set-ud-test", "sk_snk-ud-dev", "pt_bosque-ud-test", "ceb_gja-ud-test"):
+        sentences = eval_ner.read_iob2(UNER / f"{name}.iob2")
+        check_windows(sentences, tokenizer, context, "first")
+
+
+@pytest.mark.shared
+@shared
+def test_batches_waste_little_on_padding_and_hold_every_sentence(tokenizer):
+    windows = eval_ner.cut(eval_ner.read_iob2(UNER / "da_ddt-ud-train.iob2"), tokenizer, 128, "first")
+    first, second = (eval_ner.batches(windows, 16, torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    assert eval_ner.padding(first) < 0.2
+    for found in (first, eval_ner.batches(windows, 16)):
+        assert sorted(window.words[0] for batch in found for window in batch) == [window.words[0] for window in windows]
+    assert first != second
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_features_of_a_batch_equal_those_of_each_sentence_alone(treebanks, tokenizer, bidirectional):
+    """Padding must not be seen: causal, it lies behind; bidirectional, it is masked."""
+    decoder = Decoder(MODEL, torch.Generator().manual_seed(1)).eval()
+    windows = eval_ner.cut(eval_ner.read_iob2(treebanks / "one-ud-dev.iob2"), tokenizer, MODEL.context, "last")
+    together = eval_ner.read_words(decoder, windows[:9], bidirectional, torch.float32)
+    T = max(len(window.ids) for window in windows[:9])
+    assert len({len(window.ids) for window in windows[:9]}) > 3
+    alone = []
+    for window in windows[:9]:
+        ids = torch.tensor([window.ids])
+        rope = decoder.model.positions(ids.shape[1])
+        x = decoder.model.embed_tokens(ids)
+        mask = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool)
+        for layer in decoder.model.layers:
+            x = layer(x, *rope, mask if bidirectional else mask.tril())
+        alone.append(decoder.model.norm(x)[0, window.at])
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+    changed = windows[0]._replace(ids=windows[0].ids[:-1] + [5])
+    moved = (eval_ner.read_words(decoder, [changed], bidirectional, torch.float32)[0] - together[0]).abs().max()
+    assert (moved > 1e-6) == bidirectional and T > 1
+
+
+# ---- fine-tuning ----
+
+
+def test_full_learns_what_can_be_learned_and_head_leaves_the_backbone(run, treebanks):
+    full = evaluate(run, treebanks, "--train=one", "--test=one,two", "--mode=full", "--seeds=2")
+    assert [(line["test"], line["seed"]) for line in full] == [("one", 1), ("two", 1), ("one", 2), ("two", 2)]
+    assert all(line["f1"] > 0.9 for line in full), [line["f1"] for line in full]
+    line = full[0]
+    assert line["checkpoint"].endswith("run/ckpt_000007.pt") and (line["step"], line["mode"], line["train"]) == (7, "full", "one")
+    assert set(line["per_type"]) == set(TYPES) and line["per_type"]["PER"]["support"] > 0 and 0 < line["f1_strict"] <= 1
+    words = sum(len(words) for words, _ in eval_ner.read_iob2(treebanks / "one-ud-test.iob2"))
+    assert line["words"] == words
+
+
+def test_same_seed_same_result_other_seed_another(run, treebanks, tmp_path):
+    for mode in ("head", "full"):
+        flags = ("--train=one", "--test=two", f"--mode={mode}", "--epochs=2")
+        evaluate(run, treebanks, *flags, "--seeds=2")
+        first, second = evaluate(run, treebanks, *flags, "--seeds=1")[-3:-1], json.loads((run / "ner.jsonl").read_text().splitlines()[-1])
+        assert first[0] == second and (first[0]["f1"], first[0]["dev_f1"]) != (first[1]["f1"], first[1]["dev_f1"])
+
+
+def test_head_mode_trains_what_a_frozen_backbone_would(run, treebanks, tokenizer):
+    """Cached features give the same head as running the backbone each time, and the backbone is as before."""
+    decoder = checkpoint.load_model(run)
+    before = {name: p.clone() for name, p in decoder.state_dict().items()}
+    cfg = eval_ner.Config(mode="head", lr=1e-2, epochs=2)
+    sets = []
+    for split in ("train", "dev"):
+        sets.append(eval_ner.Treebank(eval_ner.read_iob2(treebanks / f"one-ud-{split}.iob2"), tokenizer, MODEL.context, "first"))
+    live = eval_ner.fine_tune(decoder, *sets, cfg, 1, torch.float32, lambda line: None)
+    for treebank in sets:
+        eval_ner.freeze(decoder, treebank, cfg, torch.float32)
+    cached = eval_ner.fine_tune(decoder, *sets, cfg, 1, torch.float32, lambda line: None)
+    torch.testing.assert_close(live[0].weight, cached[0].weight, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(p, before[name]) for name, p in decoder.state_dict().items())
+
+
+def test_the_best_epoch_is_scored_and_patience_ends_it(run, treebanks, tokenizer, monkeypatch):
+    """Dev F1 by epoch 0.2, 0.5, 0.4, 0.3: with a patience of 2 the fourth epoch is the last and the second is kept."""
+    seen, f1s = [], iter([0.2, 0.5, 0.4, 0.3, 0.9])
+    bank = eval_ner.Treebank(eval_ner.read_iob2(treebanks / "one-ud-dev.iob2"), tokenizer, MODEL.context, "first")
+
+    def predict(decoder, head, *rest):
+        seen.append(head.weight.detach().clone())
+        return bank.tags, 1.0
+
+    monkeypatch.setattr(eval_ner, "predict", predict)
+    monkeypatch.setattr(bank, "score", lambda predicted: {"f1": next(f1s)}, raising=False)
+    head, epoch, f1 = eval_ner.fine_tune(
+        checkpoint.load_model(run), bank, bank, eval_ner.Config(mode="head", patience=2, lr=1e-2), 1, torch.float32, lambda line: None
+    )
+    assert (epoch, f1, len(seen)) == (2, 0.5, 4) and torch.equal(head.weight, seen[1]) and not torch.equal(head.weight, seen[3])
+
+
+def test_majority_tags_each_word_as_most_often_seen(run, treebanks):
+    (line,) = evaluate(run, treebanks, "--train=one", "--test=two", "--mode=majority")
+    counts = {}
+    for words, tags in eval_ner.read_iob2(treebanks / "one-ud-train.iob2"):
+        for word, tag in zip(words, tags):
+            counts.setdefault(word, Counter())[tag] += 1
+    test = eval_ner.read_iob2(treebanks / "two-ud-test.iob2")
+    pred = [[counts[word].most_common(1)[0][0] if word in counts else "O" for word in words] for words, _ in test]
+    assert line["f1"] == f1_score([tags for _, tags in test], pred) > 0.9
+
+
+def test_lists_all_shots_and_held_out_sentences(run, treebanks, capsys):
+    evaluate(run, treebanks, "--train=one,two", "--test=two", "--epochs=1", "--mode=head")
+    assert "train one,two: 400 sentences" in capsys.readouterr().out
+    lines = evaluate(run, treebanks, "--train=two", "--test=one", "--epochs=1", "--mode=head", "--shots=8", "--seeds=2", "--lr=0.1")
+    out = capsys.readouterr().out
+    assert lines[-1]["shots"] == 8 and "(8 sentences), mean ± standard deviation of 2 seeds" in out
+    # Trained on a split that is not train, every tenth of its sentences chooses the epoch.
+    evaluate(run, treebanks, "--train=two:dev", "--test=two", "--epochs=1", "--mode=head", "--label=last", "--bidirectional=True")
+    assert "train two:dev: 36 sentences" in (out := capsys.readouterr().out) and "dev 4 sentences" in out
+
+
+def test_a_checkpoint_file_can_be_named(run, treebanks):
+    eval_ner.main([str(run / "ckpt_000007.pt"), f"--data={treebanks}", "--train=one", "--test=one", "--epochs=1", "--device=cpu"])
+    line = json.loads((run / "ner.jsonl").read_text())
+    assert line["step"] == 7 and line["epoch"] == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--train=en_pud"], "en_pud has no train split, only test; those with one are da_ddt"),
+        (["--train=da_dtd"], "'da_dtd' is no treebank of Universal NER; did you mean da_ddt?"),
+        (["--train="], "no treebank named"),
+        (["--train=one:test", "--test=one"], "one would be both trained on and scored"),
+        (["--train=one", "--test=one", "--shots=1000"], "shots = 1000 sentences were asked for, one has 200"),
+        (["--mode=both"], "mode must be one of full, head, majority, got 'both'"),
+        (["--seeds=0"], "seeds must be at least 1, got 0"),
+        (["--lr=0"], "lr = 0.0 must be positive"),
+        (["--epoch=3"], "unknown key 'epoch' in the flags; did you mean 'epochs'?"),
+        (["more"], "name one checkpoint or one run's folder, for instance out/demo; got 2"),
+    ],
+)
+def test_bad_input_is_told_in_one_line(run, treebanks, flags, message):
+    with pytest.raises(UserError) as error:
+        evaluate(run, treebanks, "--train=one", "--test=one", *flags)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_help_lists_every_flag_and_errors_leave_with_1():
+    out = subprocess.run([sys.executable, "eval_ner.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert out.returncode == 0
+    for flag in ("train", "test", "mode", "data", "seeds", "shots", "epochs", "lr", "batch_size", "label", "bidirectional"):
+        assert f"--{flag}=" in out.stdout and out.stdout.split(f"--{flag}=")[1].split("\n")[0].strip().count(" ") > 3
+    out = subprocess.run([sys.executable, "eval_ner.py", "no/such"], cwd=ROOT, capture_output=True, text=True)
+    assert out.returncode == 1 and out.stderr == "error: no checkpoint at no/such\n"
+
+
+# ---- downloads ----
+
+
+@pytest.fixture
+def server(treebanks, monkeypatch):
+    """A stand-in for GitHub that serves da_ddt and parts of others; counts the requests."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            content = (treebanks / "one-ud-test.iob2").read_bytes()
+            if "Danish-DDT/main/da_ddt-ud-" in self.path:
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+            elif "en_pud" in self.path:  # breaks off
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content[: len(content) // 2])
+            elif "de_pud" in self.path:  # a login page
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(b"<html>please log in</html>")
+            else:
+                self.send_error(404)
+
+        def log_message(self, *args):
+            pass
+
+    http = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    monkeypatch.setattr(eval_ner, "SERVER", f"http://127.0.0.1:{http.server_port}")
+    yield asked
+    http.shutdown()
+    http.server_close()
+
+
+def test_a_missing_treebank_is_downloaded_once_and_whole(server, treebanks, tmp_path, capsys):
+    folder = tmp_path / "new" / "uner"
+    path = eval_ner.find("da_ddt", "dev", folder)
+    assert path.read_bytes() == (treebanks / "one-ud-test.iob2").read_bytes() and path == folder / "da_ddt-ud-dev.iob2"
+    assert eval_ner.find("da_ddt", "dev", folder) == path and server == ["/UNER_Danish-DDT/main/da_ddt-ud-dev.iob2"]
+    assert capsys.readouterr().out == f"download  {eval_ner.SERVER}{server[0]}\n"
+    for treebank, reason in (("en_pud", "IncompleteRead"), ("de_pud", "please log in"), ("hr_set", "Not Found")):
+        with pytest.raises(eval_ner.Missing, match=reason) as error:
+            eval_ner.find(treebank, "test", folder)
+        assert f"fetch {eval_ner.SERVER}" in str(error.value) and str(folder / f"{treebank}-ud-test.iob2") in str(error.value)
+    assert [path.name for path in folder.iterdir()] == ["da_ddt-ud-dev.iob2"]  # no torn file, no leftovers
+
+
+def test_without_a_network_all_takes_what_is_there_and_says_what_lacks(treebanks, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(eval_ner, "SERVER", "http://127.0.0.1:1")  # nothing listens there
+    assert set(eval_ner.resolve("all", "test", treebanks)) == {"one", "two"}
+    out = capsys.readouterr().out
+    assert out.count("download  ") == 1 and "note      all is without ceb_gja, da_ddt, de_pud" in out and "refused" in out
+    with pytest.raises(eval_ner.Missing, match="fetch http://127.0.0.1:1/UNER_Cebuano-GJA/master/ceb_gja-ud-test.iob2 and put it there"):
+        eval_ner.resolve("all", "test", tmp_path)
