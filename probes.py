@@ -3,12 +3,14 @@
     python probes.py out/demo        # measures the checkpoints of a run anew: one JSON line each, as in its probes.jsonl
 
 Effective rank: Roy & Vetterli 2007, "The effective rank: a measure of effective dimensionality" (EUSIPCO).
-Metric names: rank/<v_proj|o_proj|down_proj|resid>/<layer> and entropy/<layer>/<head>; train.py writes them to out_dir/probes.jsonl.
+Metric names: rank/<v_proj|o_proj|down_proj|resid>/<layer>; entropy/<layer>/<head>, normalised; entropy_nats/<layer>/<head>; and with
+train.py's probe_gradients, rank/grad_<v_proj|o_proj|down_proj>/<layer>. train.py writes them to out_dir/probes.jsonl.
 """
 import json
 import math
 import sys
 
+import numpy as np
 import torch
 
 import checkpoint
@@ -58,25 +60,81 @@ def fixed_batch(validation, d_model, context):
     return data.eval_sequences(largest, context, max(2, math.ceil(4 * d_model / context))).ids
 
 
+def matrices(decoder):
+    """(metric's "<what>/<layer>", weight) of the projections whose rank is followed."""
+    for i, layer in enumerate(decoder.model.layers):
+        for name, module in (("v_proj", layer.self_attn.v_proj), ("o_proj", layer.self_attn.o_proj), ("down_proj", layer.mlp.down_proj)):
+            yield f"{name}/{i:02d}", module.weight
+
+
+def gradient_ranks(decoder):
+    """{metric: effective rank} of the gradients that a backward pass left."""
+    return {f"rank/grad_{name}": effective_rank(weight.grad) for name, weight in matrices(decoder)}
+
+
 @torch.no_grad()
 def measure(decoder, ids):
-    """All probes of a Decoder on ids (B, T): {metric: float}. Entropies are the normalised ones.
+    """All probes of a Decoder on ids (B, T), but those of gradients: {metric: float}.
 
     Layers are called through `forward`, past what `compile()` installed, so compiled graphs stay as they are.
     """
-    metrics = {}
+    metrics = {f"rank/{name}": effective_rank(weight) for name, weight in matrices(decoder)}
     rope = decoder.model.positions(ids.shape[1])
     x = decoder.model.embed_tokens(ids)  # (B, T, D)
     for i, layer in enumerate(decoder.model.layers):
-        for name, module in (("v_proj", layer.self_attn.v_proj), ("o_proj", layer.self_attn.o_proj), ("down_proj", layer.mlp.down_proj)):
-            metrics[f"rank/{name}/{i:02d}"] = effective_rank(module.weight)
         q, k, _ = layer.self_attn.qkv(layer.input_layernorm(x), *rope)
-        for head, entropy in enumerate(attention_entropy(q, k)[1].tolist()):
-            metrics[f"entropy/{i:02d}/{head:02d}"] = entropy
+        for kind, entropies in zip(("entropy_nats", "entropy"), attention_entropy(q, k).tolist()):
+            metrics |= {f"{kind}/{i:02d}/{head:02d}": entropy for head, entropy in enumerate(entropies)}
         x = layer.forward(x, *rope)
         flat = x.flatten(0, 1).float()  # (B * T, D)
         metrics[f"rank/resid/{i:02d}"] = effective_rank(flat - flat.mean(0))
     return metrics
+
+
+def heatmap(metrics):
+    """A matplotlib figure of the normalised attention entropies, layers x heads."""
+    from matplotlib.figure import Figure  # slow to import, and wanted by wandb alone
+
+    names = sorted(name for name in metrics if name.startswith("entropy/"))
+    values = np.array([metrics[name] for name in names]).reshape(len({name.split("/")[1] for name in names}), -1)  # (L, H)
+    figure = Figure(figsize=(1.5 + 0.35 * values.shape[1], 1.2 + 0.35 * len(values)), layout="constrained")
+    axes = figure.subplots()
+    figure.colorbar(axes.imshow(values, vmin=0, vmax=1, cmap="viridis"), label="attention entropy")
+    axes.set(xlabel="head", ylabel="layer", xticks=range(values.shape[1]), yticks=range(len(values)))
+    return figure
+
+
+def phase(steps, values):
+    """How a curve rises and falls: {"verdict", "start", "peak", "settled": steps or None, "rise", "fall": relative, "noise": relative}.
+
+    The rise is the largest from any point, "start", to a later one, "peak"; so a fall before it, as from a random initialisation, does
+    not count. The fall is from the peak to the lowest point after it, "settled" where 90% of it are made. Both count where they exceed
+    the range that noise alone would have over so many points (its size estimated from how far each point lies off its neighbours),
+    and 1% of the peak. verdict: "diversify-then-compress", "only rise", "only fall", "flat", or "too short" (fewer than 5 points).
+    """
+    t, y = np.asarray(steps, float), np.asarray(values, float)
+    nothing = {"start": None, "peak": None, "settled": None, "rise": 0.0, "fall": 0.0}
+    if len(y) < 5:
+        return {"verdict": "too short", **nothing, "noise": 0.0}
+    share = (t[1:-1] - t[:-2]) / (t[2:] - t[:-2])
+    off = (y[1:-1] - (1 - share) * y[:-2] - share * y[2:]) / np.sqrt(1 + share**2 + (1 - share) ** 2)
+    sigma = 1.4826 * np.median(np.abs(off))  # the median: curvature at a few points is not noise
+    width = 1 + 2 * (len(y) // 40)  # a moving average, the edges repeated
+    y = np.convolve(np.pad(y, width // 2, mode="edge"), np.full(width, 1 / width), mode="valid")
+    noise = max(2 * sigma * math.sqrt(2 * math.log(len(y))), 0.01 * np.abs(y).max())  # the expected range of so many normal values
+    gain = y - np.minimum.accumulate(y)
+    peak = int(gain.argmax()) if gain.max() > noise else int(y.argmax())
+    start, lowest = int(y[:peak + 1].argmin()), peak + int(y[peak:].argmin())
+    rise, fall = y[peak] - y[start], y[peak] - y[lowest]
+    verdict = {(True, True): "diversify-then-compress", (True, False): "only rise", (False, True): "only fall",
+               (False, False): "flat"}[bool(rise > noise), bool(fall > noise)]
+    found = nothing | {"noise": noise / abs(y[peak])}
+    if rise > noise:
+        found |= {"start": int(t[start]), "peak": int(t[peak]), "rise": rise / y[start] if y[start] else math.inf}
+    if fall > noise:
+        settled = peak + int(np.argmax(y[peak:] <= y[peak] - 0.9 * fall))
+        found |= {"peak": int(t[peak]), "settled": int(t[settled]), "fall": fall / y[peak]}
+    return {"verdict": verdict} | found
 
 
 def main(argv):

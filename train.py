@@ -69,6 +69,7 @@ class Config(ModelConfig):
     eval_every: int = 250  # validation loss
     eval_sequences: int = 64  # validation sequences, of each domain
     probe_every: int = 100  # effective rank and attention entropy
+    probe_gradients: bool = False  # the effective rank of the gradients too
     checkpoint_every: int = 500  # checkpoints
     keep: int = 2  # newest checkpoints kept
     keep_every: int = 0  # checkpoints at multiples of this are kept too; 0: none
@@ -112,8 +113,8 @@ class Config(ModelConfig):
 
 
 # May differ from the checkpoint on a resume: they do not change what is computed (device, dtype and compile change how it rounds).
-FREE = {"out_dir", "data", "log_every", "eval_every", "eval_sequences", "probe_every", "checkpoint_every", "keep", "keep_every",
-        "wandb", "wandb_project", "device", "dtype", "compile"}
+FREE = {"out_dir", "data", "log_every", "eval_every", "eval_sequences", "probe_every", "probe_gradients", "checkpoint_every", "keep",
+        "keep_every", "wandb", "wandb_project", "device", "dtype", "compile"}
 MAX_SKIPPED = 10  # updates skipped in a row for a non-finite gradient that end a run
 METRICS = ("train/loss", "meta/query_loss", "meta/query_acc", "meta/query_acc_unadapted", "meta/support_acc")
 PEAK = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16 FLOP/s by data sheet
@@ -235,10 +236,13 @@ def start_wandb(cfg, name, folder, run_id=None):
         import wandb
         run = wandb.init(project=cfg.wandb_project, name=name, config=asdict(cfg), mode=cfg.wandb, dir=folder, id=run_id, resume="allow")
         run.define_metric("*", step_metric="step")  # wandb's own step may not go back, as a resume does
-        return run
 
-    run = guarded(start)() if cfg.wandb != "disabled" else None
-    return (guarded(run.log), guarded(run.finish)) if run is not None else (lambda line: None, lambda: None)
+        def send(line):
+            run.log(line | {"entropy/heatmap": wandb.Image(probes.heatmap(line))} if "entropy/00/00" in line else line)
+        return guarded(send), guarded(run.finish)
+
+    started = guarded(start)() if cfg.wandb != "disabled" else None
+    return started or (lambda line: None, lambda: None)
 
 
 def resume_from(cfg, corpus):
@@ -408,7 +412,7 @@ def main(argv):
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     pool = ThreadPoolExecutor(1)
     ahead = pool.submit(build, step * micro_steps) if step < cfg.max_steps else None
-    last_probe = None
+    last_probe, gradient_ranks = None, {}
     val_loss, means = math.nan, {}
 
     def due(every):
@@ -422,7 +426,7 @@ def main(argv):
             log("log.jsonl", {"flops": flops, "seconds": seconds, **losses})
             print0(f"step {step:>6} | " + " | ".join(f"{name} {loss:.4f}" for name, loss in losses.items()), flush=True)
         if due(cfg.probe_every) and rank == 0:
-            metrics = probes.measure(decoder, probe_ids)
+            metrics = probes.measure(decoder, probe_ids) | gradient_ranks
             log("probes.jsonl", metrics)
             now = [float(np.mean([v for k, v in metrics.items() if k.startswith(prefix)])) for prefix in ("rank/resid/", "entropy/")]
             way = [""] * 2 if last_probe is None else [" up" if new > last else " down" for new, last in zip(now, last_probe)]
@@ -465,6 +469,8 @@ def main(argv):
         if world > 1:
             dist.all_reduce(update)
         norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)
+        if cfg.probe_gradients and rank == 0 and cfg.probe_every and ((step + 1) % cfg.probe_every == 0 or step + 1 == cfg.max_steps):
+            gradient_ranks = probes.gradient_ranks(decoder)  # the probe comes after the update
         bad = (~(torch.isfinite(norm) & torch.isfinite(update).all())).float()
         skipped = torch.stack((skipped[0] + bad, (skipped[1] + 1) * bad))
         sums += update.where(bad == 0, 0)

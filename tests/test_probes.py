@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -60,7 +61,7 @@ def test_measure_sees_what_the_model_computes_and_leaves_no_trace():
         assert torch.equal(p, before[name][0]) and torch.equal(p.grad, before[name][1]) and p.requires_grad
     assert sorted(metrics) == sorted(
         [f"rank/{w}/{i:02d}" for w in ("v_proj", "o_proj", "down_proj", "resid") for i in range(2)]
-        + [f"entropy/{i:02d}/{h:02d}" for i in range(2) for h in range(6)]
+        + [f"{kind}/{i:02d}/{h:02d}" for kind in ("entropy", "entropy_nats") for i in range(2) for h in range(6)]
     )
     seen = []
     handle = decoder.model.layers[1].register_forward_hook(lambda module, args, output: seen.append(output.detach().flatten(0, 1)))
@@ -110,3 +111,59 @@ def test_probes_compile_nothing():
 
 def test_a_model_that_blew_up_gives_nan_and_no_error():
     assert math.isnan(probes.effective_rank(torch.full((3, 3), math.inf)))
+
+
+def test_gradient_ranks_are_those_of_the_gradients():
+    decoder, ids = Decoder(CFG), torch.randint(0, 211, (4, 64))
+    decoder(ids, ids).backward()
+    ranks = probes.gradient_ranks(decoder)
+    assert sorted(ranks) == sorted(f"rank/grad_{name}/{i:02d}" for name in ("v_proj", "o_proj", "down_proj") for i in range(2))
+    sigma = torch.linalg.svdvals(decoder.model.layers[1].mlp.down_proj.weight.grad.double())
+    p = sigma / sigma.sum()
+    assert ranks["rank/grad_down_proj/01"] == pytest.approx(math.exp(-(p * p.log()).sum().item()), rel=1e-3)
+
+
+def test_the_heatmap_shows_layers_by_heads():
+    metrics = {f"entropy/{i:02d}/{h:02d}": (10 * i + h) / 100 for i in range(3) for h in range(12)} | {"rank/resid/00": 3.0}
+    image = probes.heatmap(metrics).axes[0].images[0].get_array()
+    assert image.shape == (3, 12) and image[2, 11] == pytest.approx(0.31) and image[0, 1] == pytest.approx(0.01)
+
+
+# ---- phases: synthetic curves with known answers ----
+
+STEPS = np.arange(0, 1000, 20)
+BUMP = 50 + 30 * np.exp(-(((STEPS - 400) / 150) ** 2))
+RISE, FALL = 50 + 30 / (1 + np.exp((400 - STEPS) / 80)), 80 - 30 / (1 + np.exp((400 - STEPS) / 80))
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5, 1.5])
+@pytest.mark.parametrize(
+    ("values", "verdict"),
+    [(BUMP, "diversify-then-compress"), (RISE, "only rise"), (FALL, "only fall"), (np.full(50, 60.0), "flat")],
+    ids=["bump", "rise", "fall", "flat"],
+)
+def test_phases_of_known_curves_under_noise(values, verdict, noise):
+    for seed in range(40):
+        found = probes.phase(STEPS, values + noise * np.random.default_rng(seed).standard_normal(50))
+        assert found["verdict"] == verdict, (seed, found)
+        if verdict == "diversify-then-compress":
+            # 30 up from 50 and down from 80; 90% of the fall at 400 + 150 sqrt(ln 10) = 628
+            assert found["peak"] == pytest.approx(400, abs=20 + 60 * noise) and found["settled"] == pytest.approx(628, abs=30 + 60 * noise)
+            assert found["rise"] == pytest.approx(30 / 50, abs=0.02 + 0.1 * noise) and found["start"] < 200
+            assert found["fall"] == pytest.approx(30 / 80, abs=0.02 + 0.1 * noise)
+
+
+def test_the_fall_from_a_random_start_is_not_the_phase():
+    """Weights start at nearly full rank and lose it at once; the highest point of such a curve is its first."""
+    found = probes.phase(STEPS, BUMP + 200 * np.exp(-STEPS / 20))
+    assert found["verdict"] == "diversify-then-compress" and found["peak"] == 400 and 60 <= found["start"] <= 160
+    assert probes.phase(STEPS, RISE + 200 * np.exp(-STEPS / 20))["verdict"] == "only rise"
+
+
+def test_phases_do_not_depend_on_how_steps_are_spaced_or_scaled():
+    uneven = np.unique(np.geomspace(1, 1000, 60).astype(int))
+    values = 50 + 30 * np.exp(-(((uneven - 400) / 150) ** 2))
+    found, scaled = probes.phase(uneven, values), probes.phase(uneven, 0.01 * values)
+    assert found["verdict"] == "diversify-then-compress" and found["peak"] == uneven[values.argmax()]
+    assert {**scaled, "noise": 0} == pytest.approx({**found, "noise": 0})
+    assert probes.phase([0, 1, 2], [1, 2, 1])["verdict"] == "too short"
