@@ -93,11 +93,13 @@ def measure(decoder, ids):
 
 def heatmap(metrics):
     """A matplotlib figure of the normalised attention entropies, layers x heads."""
-    from matplotlib.figure import Figure  # slow to import, and wanted by wandb alone
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and wanted by wandb alone
+    from matplotlib.figure import Figure
 
     names = sorted(name for name in metrics if name.startswith("entropy/"))
     values = np.array([metrics[name] for name in names]).reshape(len({name.split("/")[1] for name in names}), -1)  # (L, H)
     figure = Figure(figsize=(1.5 + 0.35 * values.shape[1], 1.2 + 0.35 * len(values)), layout="constrained")
+    FigureCanvasAgg(figure)  # attaches itself: what draws without a window
     axes = figure.subplots()
     figure.colorbar(axes.imshow(values, vmin=0, vmax=1, cmap="viridis"), label="attention entropy")
     axes.set(xlabel="head", ylabel="layer", xticks=range(values.shape[1]), yticks=range(len(values)))

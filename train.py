@@ -238,7 +238,11 @@ def start_wandb(cfg, name, folder, run_id=None):
         run.define_metric("*", step_metric="step")  # wandb's own step may not go back, as a resume does
 
         def send(line):
-            run.log(line | {"entropy/heatmap": wandb.Image(probes.heatmap(line))} if "entropy/00/00" in line else line)
+            if "entropy/00/00" in line:
+                canvas = probes.heatmap(line).canvas
+                canvas.draw()
+                line = line | {"entropy/heatmap": wandb.Image(np.asarray(canvas.buffer_rgba()))}
+            run.log(line)
         return guarded(send), guarded(run.finish)
 
     started = guarded(start)() if cfg.wandb != "disabled" else None

@@ -173,6 +173,19 @@ def test_probes_and_evaluation_leave_the_run_as_it_is(toy, tmp_path, whole):
     assert all(same(state[key], whole[0][key]) for key in ("model", "head", "optimizer"))
 
 
+def test_probes_leave_a_compiled_run_as_it_is_and_measure_gradients(toy, tmp_path, monkeypatch):
+    """Probed at every step, gradients too, a compiled run has the same parameters, bit for bit."""
+    monkeypatch.setattr(Layer, "compile", lambda self, **options: torch.nn.Module.compile(self, backend="aot_eager", **options))
+    flags = ["--compile=True", "--max_steps=4", "--seed=4", "--eval_every=0"]
+    probed, _ = run(toy, tmp_path / "probed", *flags, "--probe_every=1", "--probe_gradients=True")
+    bare, _ = run(toy, tmp_path / "bare", *flags, "--probe_every=0")
+    assert all(same(probed[key], bare[key]) for key in ("model", "head", "optimizer"))
+    lines = log(tmp_path / "probed", "probes.jsonl")
+    assert [line["step"] for line in lines] == list(range(5))
+    grads = [{key: value for key, value in line.items() if key.startswith("rank/grad_")} for line in lines]
+    assert not grads[0] and len(grads[1]) == 6 and all(0 < value <= 24 for value in grads[1].values()) and grads[1] != grads[2]
+
+
 def test_probing_the_checkpoints_gives_what_was_measured_live(whole):
     out_dir = whole[2]
     result = subprocess.run([sys.executable, str(ROOT / "probes.py"), str(out_dir)], capture_output=True, text=True, cwd=ROOT)
@@ -437,6 +450,8 @@ def test_wandb_offline_writes_a_run_that_wandb_reads_back(toy, tmp_path):
         keys |= {item.key for item in record.run.config.update}
     assert seen == pytest.approx({line["step"]: line["train/loss"] for line in lines if "train/loss" in line})
     assert {"inner_lr", "d_model"} <= keys
+    heatmaps = sorted(tmp_path.glob("wandb/offline-run-*/files/media/images/entropy/heatmap_*.png"))
+    assert len(heatmaps) == len(log(tmp_path, "probes.jsonl")) == 3 and all(path.stat().st_size > 1000 for path in heatmaps)
 
 
 def test_wandb_disabled_is_not_even_imported(toy, tmp_path):
