@@ -395,8 +395,8 @@ class Corpus:
         for path, shard in list(zip(self.paths, self.shards))[part::parts]:
             largest = max(int(shard[i:i + 2**26].max()) for i in range(0, len(shard), 2**26))
             if largest >= vocab_size:
-                raise UserError(f"{path}: token id {largest} is outside the vocabulary of {vocab_size}; "
-                                "raise vocab_size or prepare the data again")
+                raise UserError(f"{path}: token id {largest} is outside the vocabulary of {vocab_size}: "
+                                "raise vocab_size, or put the data's own tokenizer.json beside it")
 
 
 def open_corpus(folder):

@@ -307,8 +307,6 @@ def main(argv):
     if world > 1:
         dist.barrier()
     corpus, validation = data.open_corpus(cfg.data)
-    for split in (corpus, *validation.values()):
-        split.check(cfg.vocab_size, rank, world)
     domains = {name: data.eval_sequences(split, cfg.context, cfg.eval_sequences) for name, split in validation.items()}
     probe_ids = probes.fixed_batch(validation, cfg.d_model, cfg.context).to(device)
     sequences = data.Sequences(corpus, cfg.context, cfg.seed)
@@ -322,6 +320,8 @@ def main(argv):
             raise
     if tokenizer is not None and tokenizer.n_vocab > cfg.vocab_size:
         raise UserError(f"the tokenizer of {cfg.data} has {tokenizer.n_vocab} ids, vocab_size = {cfg.vocab_size}: raise vocab_size")
+    for split in (corpus, *validation.values()):  # episodes look words up by their ids
+        split.check(tokenizer.n_vocab if kinds.any() else cfg.vocab_size, rank, world)
     if kinds.any():
         episodes = data.Episodes(corpus, tokenizer, cfg.ways, cfg.shots, cfg.queries, cfg.window, cfg.seed)
         for index in range(8):
