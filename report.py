@@ -246,7 +246,7 @@ def tables(arms, names):
         error = "" if math.isnan(found["step"][1][0]) else " In brackets: one standard error."
         text.append("## Sooner by\n\n"
                     f"How many times what {names[0]} needs for a validation loss {names[1]} needs: above 1, {names[0]} is sooner. Losses "
-                    f" from {levels[0]:.3f} to {levels[-1]:.3f}, which all runs reach; interpolated in log-loss.{error}")
+                    f"from {levels[0]:.3f} to {levels[-1]:.3f}, which all runs reach; interpolated in log-loss.{error}")
         text.append(markdown(rows))
     elif len(arms) == 2:
         text.append("## Sooner by\n\nThere is no loss that all runs reach between two evaluations of their own.")
