@@ -178,8 +178,10 @@ class Decoder(nn.Module):
     def forward(self, ids, targets=None):
         """ids (B, T) -> logits (B, T, V); with targets (B, T), the mean cross-entropy in nats instead."""
         x = self.hidden(ids)
-        if targets is None:
-            return self.lm_head(x)
+        return self.lm_head(x) if targets is None else self.loss(x, targets)
+
+    def loss(self, x, targets):
+        """Features x (B, T, D) and targets (B, T) -> mean cross-entropy in nats."""
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         rows = 512 if kind == "cpu" else 2048  # fit a cache; fill a GPU

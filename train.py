@@ -206,6 +206,18 @@ def peak_flops(device, dtype):
     return max(rates)
 
 
+def build(cfg, device, dtype):
+    """(Learner, AdamW) of a fresh run."""
+    generator = torch.Generator().manual_seed(cfg.seed)
+    decoder = Decoder(cfg, generator)
+    head = Head(cfg.d_model, cfg.head_layers, cfg.head_width, cfg.head_start, cfg.ways, generator)
+    learner = Learner(decoder, head, cfg.adapt, cfg.inner_steps, cfg.inner_lr, cfg.first_order, dtype).to(device)
+    params = list(learner.parameters())
+    groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": cfg.weight_decay},
+              {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
+    return learner, torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=True)
+
+
 @torch.no_grad()
 def evaluate(learner, domains, device, rank, world):
     """{"val/loss": mean over domains, "val/<domain>": ... where there are several}: cross-entropy in nats a token; ranks share the work."""
@@ -328,14 +340,8 @@ def main(argv):
             episodes.episode(index)  # text with too few words fails here, not at meta_start
 
     # Model, optimizer, and where they stand
-    generator = torch.Generator().manual_seed(cfg.seed)
-    decoder = Decoder(cfg, generator)
-    learner = Learner(decoder, Head(cfg.d_model, cfg.head_layers, cfg.head_width, cfg.head_start, cfg.ways, generator),
-                      cfg.adapt, cfg.inner_steps, cfg.inner_lr, cfg.first_order, dtype).to(device)
-    params = list(learner.parameters())
-    groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": cfg.weight_decay},
-              {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=True)
+    learner, optimizer = build(cfg, device, dtype)
+    decoder, params = learner.decoder, list(learner.parameters())
     step, tokens, flops, seconds, run_id = 0, 0, 0, 0.0, os.urandom(4).hex()
     # Kept on the device, since reading them waits for it: the sum of each metric and its micro-steps since the last log, over all
     # ranks; updates skipped so far and in a row. What the host counts since the last log is in `since`.
