@@ -62,7 +62,7 @@ def read(path):
             if (bad := archive.testzip()) is not None:
                 raise Damaged(f"checkpoint {path} is damaged: wrong checksum in {bad}")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if not {"step", "model", "config"} <= state.keys():
+        if not {"step", "model", "config"} <= state.keys() or not isinstance(state["step"], int):
             raise Damaged(f"{path} is no checkpoint of train.py")
         return state
     except FileNotFoundError:
@@ -99,7 +99,11 @@ def load(path):
 def load_model(source):
     """The Decoder of a checkpoint file, of a run's folder (its newest good one), or of a state that was read; eval mode, on the CPU."""
     state = source if isinstance(source, dict) else load(source)
-    cfg = ModelConfig(**{field.name: state["config"][field.name] for field in fields(ModelConfig)})
-    decoder = Decoder(cfg, torch.Generator())  # a generator of its own, so that the caller's random numbers stay as they are
-    decoder.load_state_dict(state["model"])
+    try:
+        cfg = ModelConfig(**{field.name: state["config"][field.name] for field in fields(ModelConfig)})
+        decoder = Decoder(cfg, torch.Generator())  # a generator of its own, so that the caller's random numbers stay as they are
+        decoder.load_state_dict(state["model"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        where = "this state" if isinstance(source, dict) else source
+        raise Damaged(f"{where} holds no model of train.py: {type(error).__name__}: {str(error).splitlines()[0]}") from None
     return decoder.eval()

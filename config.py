@@ -2,7 +2,8 @@
 
     python train.py [config.py ...] [--key=value ...]
 
-Defaults < files, left to right < flags. A config file is plain Python assignments, so `max_steps = 6 * 1000` works.
+Defaults < files, left to right < flags; `--key` alone turns on what is on or off. A config file is plain Python assignments, so
+`max_steps = 6 * 1000` works.
 A field's trailing comment is its line in `--help`; whatever does not fit the dataclass ends with one line.
 """
 import dataclasses
@@ -84,8 +85,8 @@ def load(cls, argv, doc=""):
                     put(key, value, arg)
     for arg in argv:
         if arg.startswith("-"):
-            match = re.fullmatch(r"--([\w-]+)=(.*)", arg, re.DOTALL)
-            if not match:
+            match = re.fullmatch(r"--([\w-]+)(?:=(.*))?", arg, re.DOTALL)
+            if not match or match[2] is None and kinds.get(match[1], bool) is not bool:
                 raise UserError(f"flags are written --key=value, got {arg!r}")
-            put(match[1], match[2], "the flags", text=True)
+            put(match[1], "True" if match[2] is None else match[2], "the flags", text=True)
     return cls(**values)

@@ -14,8 +14,10 @@ import os
 import statistics
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections import Counter, defaultdict
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -46,6 +48,7 @@ TRAINABLE = ("da_ddt", "en_ewt", "hr_set", "pt_bosque", "sk_snk", "sr_set", "sv_
 
 @dataclass(frozen=True)
 class Config:
+    checkpoint: str = ""  # a run's folder (its newest checkpoint) or a checkpoint file; may be given without --checkpoint=
     train: str = "en_ewt"  # treebanks to fine-tune on, comma-separated, or all; en_ewt:dev takes another split than train
     test: str = "all"  # treebanks to score, comma-separated, or all; en_ewt:dev takes another split than test
     mode: str = "full"  # what is trained: full, head (the backbone frozen), or majority (no model: a word's most frequent tag)
@@ -55,7 +58,7 @@ class Config:
     epochs: int = 10  # most passes over the training sentences; the learning rate falls linearly to 0 over them
     patience: int = 5  # epochs without a better dev score that end the training; the best epoch is scored
     lr: float = 3e-5  # AdamW's learning rate at the start
-    batch_size: int = 16  # sentences of a batch
+    batch_size: int = 16  # sentences of a batch (of one that is longer than the context: its windows)
     label: str = "first"  # sub-token that is read for a word: first (as published), or last (which has seen the whole word)
     bidirectional: bool = False  # True: without the causal mask, so that words on the right are seen too
     wandb: str = "disabled"  # disabled, offline or online
@@ -108,11 +111,15 @@ def read_iob2(path):
 
 
 class Missing(UserError):
-    """A treebank that is known is not there and cannot be downloaded."""
+    """A treebank that is known is not there and could not be downloaded; `offline`: since the server was not reached."""
+
+    def __init__(self, text, offline=False):
+        super().__init__(text)
+        self.offline = offline
 
 
 def find(treebank, split, folder):
-    """The path of a treebank's split in `folder`, downloaded where it is missing; UserError where that is impossible."""
+    """The path of a treebank's split in `folder`, downloaded where it is missing; Missing or UserError where that is impossible."""
     path = Path(folder, f"{treebank}-ud-{split}.iob2")
     if path.exists():
         return path
@@ -120,22 +127,28 @@ def find(treebank, split, folder):
         near = difflib.get_close_matches(treebank, REPOSITORIES, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(REPOSITORIES)}"
         raise UserError(f"{path} does not exist, and {treebank!r} is no treebank of Universal NER; {hint}")
+    if split not in ("train", "dev", "test"):
+        raise UserError(f"{treebank}:{split}: the splits are train, dev and test")
     if split != "test" and treebank not in TRAINABLE:
         raise UserError(f"{treebank} has no {split} split, only test; those with one are {', '.join(TRAINABLE)}")
     url = f"{SERVER}/{REPOSITORIES[treebank]}/{path.name}"
     partial = path.with_suffix(".partial")
     try:
         print(f"download  {url}", flush=True)
-        with urllib.request.urlopen(url, timeout=20) as response:
+        request = urllib.request.Request(url, headers={"User-Agent": "eval_ner.py"})
+        with urllib.request.urlopen(request, timeout=20) as response:
             content = response.read()
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(content)
-        read_iob2(partial)  # a login page of some network is no treebank
+        if not read_iob2(partial):  # nor is a login page of some network a treebank
+            raise UserError("the answer is empty")
         os.replace(partial, path)
     except (OSError, http.client.HTTPException, UserError) as error:  # urllib's errors are OSErrors
-        partial.unlink(missing_ok=True)
-        reason = getattr(error, "reason", error)
-        raise Missing(f"{path} is missing and the download failed ({reason}): fetch {url} and put it there") from None
+        with suppress(OSError):
+            partial.unlink()
+        reason = getattr(error, "reason", None) or error
+        offline = isinstance(error, (urllib.error.URLError, TimeoutError)) and not isinstance(error, urllib.error.HTTPError)
+        raise Missing(f"{path} is missing and the download failed ({reason}): fetch {url} and put it there", offline) from None
     return path
 
 
@@ -147,19 +160,19 @@ def resolve(names, split, folder):
             raise UserError(f"no treebank named: give --{split}=all or names like da_ddt,en_ewt")
         return {name: find(treebank, given[0] if given else split, folder) for name, treebank, *given in pairs}
     here = {path.name.removesuffix(f"-ud-{split}.iob2") for path in Path(folder).glob(f"*-ud-{split}.iob2")}
-    paths, lacking, reason = {}, [], None
+    paths, lacking = {}, {}
     for treebank in sorted(here | set(REPOSITORIES if split == "test" else TRAINABLE)):
+        offline = next((error for error in lacking.values() if error.offline), None)  # do not wait for the network again
         try:
-            if reason is None or treebank in here:
-                paths[treebank] = find(treebank, split, folder)
-                continue
-        except Missing as error:  # do not wait for the network again
-            reason = error
-        lacking.append(treebank)
+            if offline and treebank not in here:
+                raise offline
+            paths[treebank] = find(treebank, split, folder)
+        except Missing as error:
+            lacking[treebank] = error
     if not paths:
-        raise reason
+        raise next(iter(lacking.values()))
     if lacking:
-        print(f"note      all is without {', '.join(lacking)}: {reason}", flush=True)
+        print(f"note      all is without {', '.join(lacking)}: {next(iter(lacking.values()))}", flush=True)
     return paths
 
 
@@ -250,8 +263,8 @@ class Treebank:
 
     def score(self, predicted):
         """predicted (W,) numbers of tags -> `span_f1`, and the strict F1."""
-        if len(predicted) != len(self.tags):
-            raise ValueError(f"{len(predicted)} words were predicted, the treebank has {len(self.tags)}")
+        if len(predicted) != len(self.tags) or (predicted < 0).any():
+            raise ValueError(f"{(predicted >= 0).sum()} words were read, the treebank has {len(self.tags)}")
         tags = iter(predicted.tolist())
         true = [tags for _, tags in self.sentences]
         pred = [[TAGS[next(tags)] for _ in words] for words, _ in self.sentences]
@@ -356,8 +369,9 @@ def fine_tune(decoder, train, dev, cfg, seed, dtype, log):
         if not torch.isfinite(total):
             raise UserError(f"the loss is not finite in epoch {epoch} of seed {seed}: lower lr = {cfg.lr:g}")
         print(f"seed {seed} | epoch {epoch:>2}/{cfg.epochs} | loss {total / len(order):.4f} | dev loss {dev_loss:.4f} F1 {f1:.4f} | "
-              f"{seconds:.1f} s, {len(train.tags) / seconds:,.0f} words/s", flush=True)
-        log({"step": step, "ner/loss": total.item() / len(order), "ner/dev_loss": dev_loss, "ner/dev_f1": f1})
+              f"{seconds:.1f} s, {len(train.tags) / seconds:,.0f} words/s, {padding(order):.0%} padding", flush=True)
+        scores = {"loss": total.item() / len(order), "dev_loss": dev_loss, "dev_f1": f1}
+        log({"step": step} | {f"ner/seed{seed}/{name}": score for name, score in scores.items()})
         if best is None or (f1, -dev_loss) > best[:2]:  # while no span is right yet, the loss tells
             best = f1, -dev_loss, epoch, {name: p.detach().to("cpu", copy=True) for name, p in trained.state_dict().items()}
         elif epoch - best[2] >= cfg.patience:
@@ -383,89 +397,96 @@ def table(results):
                      for row in rows)
 
 
-def main(argv):
-    sources = [arg for arg in argv if not arg.startswith("-") and not arg.endswith(".py")]
-    cfg = config.load(Config, [arg for arg in argv if arg not in sources], __doc__)
-    if len(sources) != 1:
-        raise UserError(f"name one checkpoint or one run's folder, for instance out/demo; got {len(sources)}: {' '.join(sources) or '-'}")
-    state = checkpoint.load(sources[0])
-    out_dir = Path(sources[0]) if Path(sources[0]).is_dir() else Path(sources[0]).parent
-    device, dtype = pick_device(cfg)
-    tokenizer, decoder = data.load_tokenizer(out_dir), checkpoint.load_model(state).to(device)
-    start = {name: p.clone() for name, p in state["model"].items()}
-    source, step = str(out_dir / f"ckpt_{state['step']:06d}.pt"), state["step"]
-    del state  # three times the model
+def majority(train, test):
+    """For each word of a test treebank the tag that it has most often in the training sentences, O where it is not there (W,)."""
+    counts = defaultdict(Counter)
+    for words, tags in train.sentences:
+        for word, tag in zip(words, tags):
+            counts[word][tag] += 1
+    likeliest = {word: TAGS.index(count.most_common(1)[0][0]) for word, count in counts.items()}
+    return torch.tensor([likeliest.get(word, 0) for words, _ in test.sentences for word in words])
 
-    # Training, dev and test sentences
+
+def main(argv):
+    given = [arg for arg in argv if not arg.startswith("-") and not arg.endswith(".py")]
+    cfg = config.load(Config, [arg for arg in argv if arg not in given] + [f"--checkpoint={arg}" for arg in given[:1]], __doc__)
+    if len(given) > 1 or not cfg.checkpoint:
+        raise UserError(f"name one checkpoint or one run's folder, for instance out/demo; got {len(given)}: {' '.join(given) or '-'}")
+    state, source = checkpoint.load(cfg.checkpoint), Path(cfg.checkpoint)
+    if source.is_dir():
+        source = source / f"ckpt_{state['step']:06d}.pt"
+    step, start = state["step"], state["model"]
+    device, dtype = pick_device(cfg)
+    tokenizer, decoder = data.load_tokenizer(source.parent), checkpoint.load_model(state).to(device)
+    if tokenizer.n_vocab > decoder.cfg.vocab_size:
+        raise UserError(f"the tokenizer of {source.parent} has {tokenizer.n_vocab} ids, the model {decoder.cfg.vocab_size}: put the "
+                        "tokenizer.json of the run beside the checkpoint")
+    del state  # holds the optimizer's two copies of the model
+    results_path = source.with_name("ner.jsonl")
+    try:
+        open(results_path, "a").close()
+    except OSError as error:
+        raise UserError(f"cannot write {results_path}: {error.strerror}") from None
+
+    # Sentences to train on, to choose the epoch by, and to score
     train_paths, test_paths = resolve(cfg.train, "train", cfg.data), resolve(cfg.test, "test", cfg.data)
-    if both := [name for name, path in test_paths.items() if path in train_paths.values()]:
-        raise UserError(f"{', '.join(both)} would be both trained on and scored: change --train or --test")
-    train, dev = [], []
+    train, dev, dev_paths = [], [], []
     for name, path in train_paths.items():
-        found = read_iob2(path)
-        treebank, _, split = name.partition(":")
+        found, (treebank, _, split) = read_iob2(path), name.partition(":")
         if split in ("", "train") and (treebank in REPOSITORIES or path.with_name(f"{treebank}-ud-dev.iob2").exists()):
-            dev += read_iob2(find(treebank, "dev", cfg.data))
+            dev_paths.append(find(treebank, "dev", cfg.data))
+            dev += read_iob2(dev_paths[-1])
         else:  # every tenth sentence chooses the epoch instead
             dev, found = dev + found[9::10], [sentence for i, sentence in enumerate(found) if i % 10 != 9]
         train += found
+    uses = Counter([*train_paths.values(), *dev_paths, *test_paths.values()])
+    if twice := [path.name for path, n in uses.items() if n > 1]:
+        raise UserError(f"{', '.join(twice)} would be used twice, of training, choosing the epoch and scoring: change --train or --test")
     if cfg.shots > len(train):
         raise UserError(f"shots = {cfg.shots} sentences were asked for, {cfg.train} has {len(train)}")
 
-    def prepare(sentences):
-        return Treebank(sentences, tokenizer, decoder.cfg.context, cfg.label)
-
-    dev, tests = prepare(dev), {name: prepare(read_iob2(path)) for name, path in test_paths.items()}
-    everything = prepare(train)
-    for name, treebank in (("train", everything), ("dev", dev), *tests.items()):
-        if not len(treebank.tags):
-            raise UserError(f"{name} holds no sentence: see the files in {cfg.data}")
-    print(f"model     {source}: {sum(p.numel() for p in decoder.parameters()):,} parameters; {device}, {str(dtype).removeprefix('torch.')}")
-    print(f"data      train {cfg.train}: {len(train):,} sentences, {len(everything.tags):,} words, "
-          f"{padding(batches(everything.windows, cfg.batch_size, torch.Generator())):.0%} padding; "
-          f"dev {len(dev.sentences):,} sentences; test {', '.join(tests)}", flush=True)
-    frozen = cfg.mode == "head"
-    if frozen:
-        began = time.perf_counter()
-        for treebank in (everything, dev, *tests.values()):
+    def prepare(sentences, name):
+        treebank = Treebank(sentences, tokenizer, decoder.cfg.context, cfg.label)
+        if not sentences:
+            raise UserError(f"there is no sentence {name}: see the files in {cfg.data}" + " (every tenth is held out)" * (not dev_paths))
+        if cfg.mode == "head":
             freeze(decoder, treebank, cfg, dtype)
-        print(f"features  of all words computed once, {time.perf_counter() - began:.1f} s", flush=True)
+        return treebank
 
-    log_wandb, finish_wandb = start_wandb(cfg, f"{out_dir.name}-ner-{cfg.mode}-{cfg.train}", out_dir)
+    print(f"model     {source}: {sum(p.numel() for p in decoder.parameters()):,} parameters; {device}, {str(dtype).removeprefix('torch.')}")
+    print(f"data      train {cfg.train}: {len(train):,} sentences, {sum(len(words) for words, _ in train):,} words; "
+          f"dev {len(dev):,} sentences; test {', '.join(test_paths)}", flush=True)
+    began = time.perf_counter()
+    tests = {name: prepare(read_iob2(path), f"of {name} to score") for name, path in test_paths.items()}
+    dev, everything = prepare(dev, "to choose the epoch by"), None if cfg.shots else prepare(train, "to train on")
+    if cfg.mode == "head":
+        print(f"features  of all words, computed once: {time.perf_counter() - began:.1f} s", flush=True)
+
+    log_wandb, finish_wandb = start_wandb(cfg, f"{source.parent.name}-ner-{cfg.mode}-{cfg.train}", source.parent)
     results = defaultdict(list)
     for seed in range(1, cfg.seeds + 1):
         chosen = everything
         if cfg.shots:
             order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:cfg.shots].tolist()
-            chosen = prepare([train[i] for i in order])
-            if frozen:
-                freeze(decoder, chosen, cfg, dtype)
-        if cfg.mode == "majority":
-            counts = defaultdict(Counter)
-            for words, tags in chosen.sentences:
-                for word, tag in zip(words, tags):
-                    counts[word][tag] += 1
-            likeliest = {word: TAGS.index(count.most_common(1)[0][0]) for word, count in counts.items()}
-            trained = {}
-        else:
+            chosen = prepare([train[i] for i in order], "to train on")
+        trained = {}
+        if cfg.mode != "majority":
             decoder.load_state_dict(start)
             head, epoch, dev_f1 = fine_tune(decoder, chosen, dev, cfg, seed, dtype, log_wandb)
             trained = {"epoch": epoch, "dev_f1": dev_f1}
-        for name, treebank in tests.items():
-            if cfg.mode == "majority":
-                predicted = torch.tensor([likeliest.get(word, 0) for words, _ in treebank.sentences for word in words])
-            else:
-                predicted, _ = predict(decoder, head, treebank, cfg, dtype)
-            result = {"checkpoint": source, "step": step, "mode": cfg.mode, "train": cfg.train, "test": name, "seed": seed,
-                      **treebank.score(predicted), **trained, "words": len(predicted), "shots": cfg.shots, "lr": cfg.lr,
-                      "label": cfg.label, "bidirectional": cfg.bidirectional}
+        for name, test in tests.items():
+            predicted = majority(chosen, test) if cfg.mode == "majority" else predict(decoder, head, test, cfg, dtype)[0]
+            settings = {key: getattr(cfg, key) for key in ("shots", "label", "bidirectional", "lr", "epochs", "patience", "batch_size")}
+            result = {"checkpoint": str(source), "step": step, "mode": cfg.mode, "train": cfg.train.replace(" ", ""), "test": name,
+                      "seed": seed, **test.score(predicted), **trained, "sentences": len(chosen.sentences), "words": len(predicted),
+                      **settings}
             results[name].append(result)
-            with open(out_dir / "ner.jsonl", "a") as file:
+            with open(results_path, "a") as file:
                 file.write(json.dumps(result) + "\n")
-            log_wandb({"step": seed} | {f"ner/{name}/{key}": result[key] for key in ("f1", "precision", "recall")})
+            log_wandb({f"ner/seed{seed}/{name}/{key}": result[key] for key in ("f1", "precision", "recall")} | {"step": 0})
     print(f"\nspan F1 in percent, {cfg.mode}, trained on {cfg.train}" + (f" ({cfg.shots} sentences)" if cfg.shots else "") +
           (f", mean ± standard deviation of {cfg.seeds} seeds" if cfg.seeds > 1 else "") + f"\n\n{table(results)}\n")
-    print(f"files     {out_dir / 'ner.jsonl'}", flush=True)
+    print(f"files     {results_path}", flush=True)
     finish_wandb()
 
 

@@ -107,36 +107,61 @@ def heatmap(metrics):
 
 
 def phase(steps, values):
-    """How a curve rises and falls: {"verdict", "start", "peak", "settled": steps or None, "rise", "fall": relative, "noise": relative}.
+    """How a curve rises and falls: {"verdict", "before", "start", "rise", "peak", "fall", "settled", "noise"}.
 
-    The rise is the largest from any point, "start", to a later one, "peak"; so a fall before it, as from a random initialisation, does
-    not count. The fall is from the peak to the lowest point after it, "settled" where 90% of it are made. Both count where they exceed
-    the range that noise alone would have over so many points (its size estimated from how far each point lies off its neighbours),
-    and 1% of the peak. verdict: "diversify-then-compress", "only rise", "only fall", "flat", or "too short" (fewer than 5 points).
+    verdict: "diversify-then-compress", "only rise", "only fall", "fall, then rise", "flat", or "too short" (fewer than 8 points). The rise
+    goes from step "start" to step "peak"; the fall comes after it and 90% of it are made at step "settled"; "before" is the fall before
+    the start, as from a random initialisation. All three are shares of the level that they start from. Of several rises the largest that
+    is followed by a fall is told, or else the largest.
+
+    Only what exceeds the noise counts: the range that white noise alone would have over so many points, of a size estimated from how far
+    each point lies off its neighbours, or 1% of the curve's median where that is more. Single points that stick out are passed over.
     """
     t, y = np.asarray(steps, float), np.asarray(values, float)
-    nothing = {"start": None, "peak": None, "settled": None, "rise": 0.0, "fall": 0.0}
-    if len(y) < 5:
-        return {"verdict": "too short", **nothing, "noise": 0.0}
+    t, y = t[np.isfinite(y)], y[np.isfinite(y)]
+    found = {"verdict": "too short", "before": 0.0, "start": None, "rise": 0.0, "peak": None, "fall": 0.0, "settled": None, "noise": 0.0}
+    if len(y) < 8:
+        return found
     share = (t[1:-1] - t[:-2]) / (t[2:] - t[:-2])
     off = (y[1:-1] - (1 - share) * y[:-2] - share * y[2:]) / np.sqrt(1 + share**2 + (1 - share) ** 2)
-    sigma = 1.4826 * np.median(np.abs(off))  # the median: curvature at a few points is not noise
-    width = 1 + 2 * (len(y) // 40)  # a moving average, the edges repeated
-    y = np.convolve(np.pad(y, width // 2, mode="edge"), np.full(width, 1 / width), mode="valid")
-    noise = max(2 * sigma * math.sqrt(2 * math.log(len(y))), 0.01 * np.abs(y).max())  # the expected range of so many normal values
-    gain = y - np.minimum.accumulate(y)
-    peak = int(gain.argmax()) if gain.max() > noise else int(y.argmax())
-    start, lowest = int(y[:peak + 1].argmin()), peak + int(y[peak:].argmin())
-    rise, fall = y[peak] - y[start], y[peak] - y[lowest]
-    verdict = {(True, True): "diversify-then-compress", (True, False): "only rise", (False, True): "only fall",
-               (False, False): "flat"}[bool(rise > noise), bool(fall > noise)]
-    found = nothing | {"noise": noise / abs(y[peak])}
-    if rise > noise:
-        found |= {"start": int(t[start]), "peak": int(t[peak]), "rise": rise / y[start] if y[start] else math.inf}
-    if fall > noise:
-        settled = peak + int(np.argmax(y[peak:] <= y[peak] - 0.9 * fall))
-        found |= {"peak": int(t[peak]), "settled": int(t[settled]), "fall": fall / y[peak]}
-    return {"verdict": verdict} | found
+    sigma = 1.4826 * np.median(np.abs(off))  # the median, since curvature at some points is no noise
+    y = np.median([y, np.r_[y[:1], y[:-1]], np.r_[y[1:], y[-1:]]], axis=0)  # of each point and its neighbours
+    width = 1 + 2 * (len(y) // 40)  # of a moving average, shorter at the ends
+    y = np.convolve(y, np.ones(width), mode="same") / np.convolve(np.ones_like(y), np.ones(width), mode="same")
+    # The expected range of so many normal values; with few points sigma itself is uncertain.
+    noise = 2 * sigma / math.sqrt(width) * math.sqrt(2 * math.log(len(y))) * (1 + 6 / len(y))
+    noise = max(noise, 0.01 * np.median(np.abs(y)))
+
+    # Turning points: the curve goes on from one to the next by more than the noise, and never back by as much in between.
+    turns, low, high, way, last = [], 0, 0, 0, 0
+    for i in range(len(y)):
+        if way == 0:
+            low, high = (i if y[i] < y[low] else low), (i if y[i] > y[high] else high)
+            if y[high] - y[low] > noise:
+                way, turns, last = (1, [low], high) if high > low else (-1, [high], low)
+        elif way * (y[i] - y[last]) > 0:
+            last = i
+        elif way * (y[last] - y[i]) > noise:
+            turns, last, way = [*turns, last], i, -way
+    turns = [*turns, last] if way else []
+    rises = [k for k in range(len(turns) - 1) if y[turns[k + 1]] > y[turns[k]]]
+    k = max(rises, key=lambda k: (k + 2 < len(turns), y[turns[k + 1]] - y[turns[k]]), default=None)
+    found |= {"verdict": "flat", "noise": float(noise / np.median(np.abs(y))) if y.any() else 0.0}
+
+    def change(a, b):
+        return float(abs(y[b] - y[a]) / abs(y[a])) if y[a] else math.inf
+
+    if k is not None:
+        start, peak = turns[k], turns[k + 1]
+        found |= {"verdict": "only rise", "start": int(t[start]), "peak": int(t[peak]), "rise": change(start, peak)}
+        if k > 0:
+            found |= {"verdict": "fall, then rise", "before": change(turns[k - 1], start)}
+    if turns and (k is None or k + 2 < len(turns)):
+        peak, lowest = (turns[0], turns[1]) if k is None else (turns[k + 1], turns[k + 2])
+        settled = peak + int(np.argmax(y[peak:] <= y[peak] - 0.9 * (y[peak] - y[lowest])))
+        found |= {"verdict": "only fall" if k is None else "diversify-then-compress", "peak": int(t[peak]),
+                  "fall": change(peak, lowest), "settled": int(t[settled])}
+    return found
 
 
 def main(argv):

@@ -480,7 +480,9 @@ def main(argv):
             dist.all_reduce(update)
         norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)
         if cfg.probe_gradients and rank == 0 and cfg.probe_every and ((step + 1) % cfg.probe_every == 0 or step + 1 == cfg.max_steps):
-            gradient_ranks = probes.gradient_ranks(decoder)  # the probe comes after the update
+            paused = time.perf_counter()  # the rest of the probe comes after the update; neither counts as training
+            gradient_ranks = probes.gradient_ranks(decoder)
+            began += time.perf_counter() - paused
         bad = (~(torch.isfinite(norm) & torch.isfinite(update).all())).float()
         skipped = torch.stack((skipped[0] + bad, (skipped[1] + 1) * bad))
         sums += update.where(bad == 0, 0)

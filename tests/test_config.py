@@ -24,6 +24,10 @@ def test_values_take_their_declared_type():
     assert load("--d_model=48").d_hidden == 192 and load("--d_model=48", "--d_hidden=7").d_hidden == 7
 
 
+def test_a_switch_needs_no_value():
+    assert load("--first_order").first_order and not load("--first_order=False").first_order
+
+
 @pytest.mark.parametrize(
     "flag, says",
     [
@@ -35,6 +39,7 @@ def test_values_take_their_declared_type():
         ("--warmup-steps=3", "did you mean 'warmup_steps'?"),
         ("--inner_stesp=3", "did you mean 'inner_steps'?"),
         ("--zzzz=3", "--help lists the keys"),
+        ("--zzzz", "--help lists the keys"),
         ("--wandb", "flags are written --key=value"),
         ("lr=3", "neither a config file"),
         ("nowhere.py", "nowhere.py: FileNotFoundError"),

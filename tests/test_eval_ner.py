@@ -1,5 +1,6 @@
 """eval_ner.py: reading, aligning, scoring, fine-tuning, downloading."""
 
+import base64
 import itertools
 import json
 import random
@@ -283,7 +284,7 @@ def test_features_of_a_batch_equal_those_of_each_sentence_alone(treebanks, token
 # ---- fine-tuning ----
 
 
-def test_full_learns_what_can_be_learned_and_head_leaves_the_backbone(run, treebanks):
+def test_full_learns_what_can_be_learned(run, treebanks):
     full = evaluate(run, treebanks, "--train=one", "--test=one,two", "--mode=full", "--seeds=2")
     assert [(line["test"], line["seed"]) for line in full] == [("one", 1), ("two", 1), ("one", 2), ("two", 2)]
     assert all(line["f1"] > 0.9 for line in full), [line["f1"] for line in full]
@@ -318,21 +319,120 @@ def test_head_mode_trains_what_a_frozen_backbone_would(run, treebanks, tokenizer
     assert all(torch.equal(p, before[name]) for name, p in decoder.state_dict().items())
 
 
-def test_the_best_epoch_is_scored_and_patience_ends_it(run, treebanks, tokenizer, monkeypatch):
-    """Dev F1 by epoch 0.2, 0.5, 0.4, 0.3: with a patience of 2 the fourth epoch is the last and the second is kept."""
-    seen, f1s = [], iter([0.2, 0.5, 0.4, 0.3, 0.9])
+@pytest.mark.parametrize("mode", ["head", "full"])
+def test_the_best_epoch_is_scored_and_patience_ends_it(run, treebanks, tokenizer, monkeypatch, mode):
+    """Dev F1 by epoch 0.2, 0.5, 0.4, 0.3: with a patience of 2 the fourth epoch is the last and the second is kept, backbone and head.
+    While F1 is 0 the loss decides."""
     bank = eval_ner.Treebank(eval_ner.read_iob2(treebanks / "one-ud-dev.iob2"), tokenizer, MODEL.context, "first")
+    for scores, best, n in (([(0.2, 1), (0.5, 1), (0.4, 1), (0.3, 1), (0.9, 1)], 2, 4), ([(0, 3), (0, 2), (0, 1), (0, 2), (0, 2)], 3, 5)):
+        seen, results, decoder = [], iter(scores), checkpoint.load_model(run)
 
-    def predict(decoder, head, *rest):
-        seen.append(head.weight.detach().clone())
-        return bank.tags, 1.0
+        def predict(decoder, head, *rest):
+            f1, loss = next(results)
+            seen.append([head.weight.detach().clone(), decoder.model.layers[0].mlp.up_proj.weight.detach().clone()])
+            monkeypatch.setattr(bank, "score", lambda predicted: {"f1": f1}, raising=False)
+            return bank.tags, loss
 
-    monkeypatch.setattr(eval_ner, "predict", predict)
-    monkeypatch.setattr(bank, "score", lambda predicted: {"f1": next(f1s)}, raising=False)
-    head, epoch, f1 = eval_ner.fine_tune(
-        checkpoint.load_model(run), bank, bank, eval_ner.Config(mode="head", patience=2, lr=1e-2), 1, torch.float32, lambda line: None
-    )
-    assert (epoch, f1, len(seen)) == (2, 0.5, 4) and torch.equal(head.weight, seen[1]) and not torch.equal(head.weight, seen[3])
+        monkeypatch.setattr(eval_ner, "predict", predict)
+        cfg = eval_ner.Config(mode=mode, patience=2, lr=1e-2)
+        head, epoch, f1 = eval_ner.fine_tune(decoder, bank, bank, cfg, 1, torch.float32, lambda line: None)
+        assert (epoch, f1, len(seen)) == (best, scores[best - 1][0], n)
+        assert torch.equal(head.weight, seen[best - 1][0]) and not torch.equal(head.weight, seen[-1][0])
+        backbone = decoder.model.layers[0].mlp.up_proj.weight
+        assert torch.equal(backbone, seen[best - 1][1]) and torch.equal(backbone, seen[-1][1]) == (mode == "head")
+
+
+def test_fine_tuning_is_adamw_with_linear_decay_and_clipping(run, treebanks, tokenizer):
+    """Against a loop written down independently: the whole backbone in 16 sentences a batch, 3 epochs."""
+    bank = eval_ner.Treebank(eval_ner.read_iob2(treebanks / "one-ud-dev.iob2"), tokenizer, MODEL.context, "first")
+    cfg = eval_ner.Config(lr=1e-4, epochs=3, batch_size=16)
+    decoder, other = checkpoint.load_model(run), checkpoint.load_model(run)
+    best = []
+    head, epoch, _ = eval_ner.fine_tune(decoder, bank, bank, cfg, 5, torch.float32, best.append)
+    assert epoch == 3 and [line["step"] for line in best] == [3, 6, 9]
+
+    generator = torch.Generator().manual_seed(5)
+    weight = (0.02 * torch.randn(7, 32, generator=generator)).requires_grad_()
+    bias = torch.zeros(7, requires_grad=True)
+    params = [weight, bias, *other.model.parameters()]
+    optimizer = torch.optim.AdamW(params, lr=1.0, weight_decay=0.0, fused=True)
+    for step in range(9):
+        if step % 3 == 0:
+            order = eval_ner.batches(bank.windows, 16, generator)
+        x = eval_ner.read_words(other, order[step % 3], False, torch.float32)
+        words = [word for window in order[step % 3] for word in window.words]
+        optimizer.param_groups[0]["lr"] = 1e-4 * (9 - step) / 9
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(x @ weight.T + bias, bank.tags[words]).backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+    torch.testing.assert_close(head.weight, weight, rtol=1e-5, atol=1e-7)
+    ours, theirs = (d.model.layers[1].mlp.down_proj.weight for d in (decoder, other))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+    assert len(order) == 3 and order != eval_ner.batches(bank.windows, 16, torch.Generator().manual_seed(6))
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    """Records what `main` hands to `fine_tune`: (training sentences, dev sentences, a weight of the backbone at the start)."""
+    calls, real = [], eval_ner.fine_tune
+
+    def fine_tune(decoder, train, dev, *rest):
+        calls.append((train.sentences, dev.sentences, decoder.model.layers[0].mlp.up_proj.weight.detach().clone()))
+        return real(decoder, train, dev, *rest)
+
+    monkeypatch.setattr(eval_ner, "fine_tune", fine_tune)
+    return calls
+
+
+def test_every_seed_starts_from_the_checkpoint_and_dev_chooses_the_epoch(run, treebanks, spy):
+    evaluate(run, treebanks, "--train=one", "--test=two", "--seeds=2", "--epochs=1")
+    weight = checkpoint.load_model(run).model.layers[0].mlp.up_proj.weight
+    for train, dev, start in spy:
+        assert train == eval_ner.read_iob2(treebanks / "one-ud-train.iob2") and dev == eval_ner.read_iob2(treebanks / "one-ud-dev.iob2")
+        assert torch.equal(start, weight)
+
+
+def test_shots_are_drawn_anew_by_each_seed_from_all_training_treebanks(run, treebanks, spy):
+    lines = evaluate(run, treebanks, "--train=one,two", "--test=two", "--seeds=2", "--epochs=1", "--mode=head", "--shots=30")
+    every = sum((eval_ner.read_iob2(treebanks / f"{name}-ud-train.iob2") for name in ("one", "two")), [])
+    (first, _, _), (second, _, _) = spy
+    assert len(first) == len(second) == 30 and first != second and all(sentence in every for sentence in first + second)
+    assert {every.index(sentence) < 200 for sentence in first} == {True, False} and first != every[:30]
+    assert lines[0]["shots"] == lines[0]["sentences"] == 30
+
+
+def test_label_and_bidirectional_change_what_is_read(run, treebanks, tmp_path, monkeypatch):
+    for path in treebanks.iterdir():  # words of several sub-tokens
+        lines = (line.split("\t") for line in path.read_text().split("\n"))
+        (tmp_path / path.name).write_text("\n".join("\t".join([f[0], "x" + f[1], *f[2:]]) if len(f) > 1 else f[0] for f in lines))
+    losses = []
+    monkeypatch.setattr(eval_ner, "start_wandb", lambda *args: (lambda line: losses.append(line.get("ner/seed1/dev_loss")), lambda: None))
+    for mode in ("head", "full"):
+        for flags in ([], ["--label=last"], ["--bidirectional"], ["--label=last", "--bidirectional"]):
+            line = evaluate(run, tmp_path, "--train=one", "--test=two", "--epochs=1", f"--mode={mode}", *flags)[-1]
+            assert (line["label"], line["bidirectional"]) == ("last" if "--label=last" in flags else "first", "--bidirectional" in flags)
+    assert len({loss for loss in losses if loss is not None}) == 8, losses
+
+
+def test_the_table_shows_means_and_sample_deviations():
+    def result(f1, precision, recall):
+        return {"f1": f1, "precision": precision, "recall": recall,
+                "per_type": {kind: {"f1": f1 / 2, "support": 10} for kind in TYPES}}
+
+    lines = eval_ner.table({"da_ddt": [result(0.2, 0.3, 0.1), result(0.4, 0.5, 0.3)]}).splitlines()
+    assert lines[0].split() == "| test | precision | recall | F1 | F1 PER | F1 ORG | F1 LOC | spans |".split()
+    assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == ["da_ddt", "40.0 ± 14.1", "20.0 ± 14.1", "30.0 ± 14.1",
+                                                                  *["15.0 ± 7.1"] * 3, "30"]
+    assert "±" not in eval_ner.table({"da_ddt": [result(0.2, 0.3, 0.1)]})
+
+
+def test_scores_go_to_wandb(run, treebanks, monkeypatch):
+    sent = []
+    monkeypatch.setattr(eval_ner, "start_wandb", lambda cfg, name, folder: (sent.append, lambda: sent.append(name)))
+    lines = evaluate(run, treebanks, "--train=one", "--test=two", "--epochs=1", "--mode=head", "--seeds=2")
+    keys = {key: value for line in sent[:-1] for key, value in line.items()}
+    assert keys["ner/seed2/two/f1"] == lines[1]["f1"] and keys["ner/seed1/dev_f1"] == lines[0]["dev_f1"] and sent[-1] == "run-ner-head-one"
 
 
 def test_majority_tags_each_word_as_most_often_seen(run, treebanks):
@@ -353,7 +453,7 @@ def test_lists_all_shots_and_held_out_sentences(run, treebanks, capsys):
     out = capsys.readouterr().out
     assert lines[-1]["shots"] == 8 and "(8 sentences), mean ± standard deviation of 2 seeds" in out
     # Trained on a split that is not train, every tenth of its sentences chooses the epoch.
-    evaluate(run, treebanks, "--train=two:dev", "--test=two", "--epochs=1", "--mode=head", "--label=last", "--bidirectional=True")
+    evaluate(run, treebanks, "--train=two:dev", "--test=two", "--epochs=1", "--mode=head", "--label=last", "--bidirectional")
     assert "train two:dev: 36 sentences" in (out := capsys.readouterr().out) and "dev 4 sentences" in out
 
 
@@ -369,7 +469,11 @@ def test_a_checkpoint_file_can_be_named(run, treebanks):
         (["--train=en_pud"], "en_pud has no train split, only test; those with one are da_ddt"),
         (["--train=da_dtd"], "'da_dtd' is no treebank of Universal NER; did you mean da_ddt?"),
         (["--train="], "no treebank named"),
-        (["--train=one:test", "--test=one"], "one would be both trained on and scored"),
+        (["--train=one:test", "--test=one"], "one-ud-test.iob2 would be used twice"),
+        (["--test=one:dev"], "one-ud-dev.iob2 would be used twice, of training, choosing the epoch and scoring"),
+        (["--train=one,one:dev"], "one-ud-dev.iob2 would be used twice"),
+        (["--train=one,one:train"], "one-ud-train.iob2, one-ud-dev.iob2 would be used twice"),
+        (["--train=da_ddt:tset"], "da_ddt:tset: the splits are train, dev and test"),
         (["--train=one", "--test=one", "--shots=1000"], "shots = 1000 sentences were asked for, one has 200"),
         (["--mode=both"], "mode must be one of full, head, majority, got 'both'"),
         (["--seeds=0"], "seeds must be at least 1, got 0"),
@@ -382,6 +486,29 @@ def test_bad_input_is_told_in_one_line(run, treebanks, flags, message):
     with pytest.raises(UserError) as error:
         evaluate(run, treebanks, "--train=one", "--test=one", *flags)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_run_that_cannot_be_used_is_told_before_training(run, treebanks, toy, tmp_path):
+    def refuses(message):
+        with pytest.raises(UserError, match=message) as error:
+            evaluate(run, treebanks, "--train=one", "--test=one", "--epochs=1")
+        assert "\n" not in str(error.value)
+
+    (run / "ner.jsonl").mkdir()  # the results could not be written
+    refuses("cannot write .*ner.jsonl: Is a directory")
+    (run / "ner.jsonl").rmdir()
+    spec = json.loads((toy / "tokenizer.json").read_text())
+    spec["tokens"] += [base64.b64encode(f" word{i}".encode()).decode() for i in range(9)]
+    (run / "tokenizer.json").write_text(json.dumps(spec))
+    refuses(f"has {TOY_VOCAB + 9} ids, the model {TOY_VOCAB + 6}")
+    (run / "tokenizer.json").write_text((toy / "tokenizer.json").read_text())
+    path = run / "ckpt_000007.pt"
+    state = torch.load(path, weights_only=True)
+    for broken in (state | {"config": {}}, state | {"model": {}}):
+        torch.save(broken, path)
+        refuses("holds no model of train.py")
+    torch.save(state | {"step": "seven"}, path)
+    refuses("every checkpoint in .* is damaged")
 
 
 def test_help_lists_every_flag_and_errors_leave_with_1():
@@ -415,6 +542,10 @@ def server(treebanks, monkeypatch):
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
                 self.wfile.write(content[: len(content) // 2])
+            elif "ceb_gja" in self.path:  # empty
+                self.send_response(200)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
             elif "de_pud" in self.path:  # a login page
                 self.send_response(200)
                 self.end_headers()
@@ -439,11 +570,23 @@ def test_a_missing_treebank_is_downloaded_once_and_whole(server, treebanks, tmp_
     assert path.read_bytes() == (treebanks / "one-ud-test.iob2").read_bytes() and path == folder / "da_ddt-ud-dev.iob2"
     assert eval_ner.find("da_ddt", "dev", folder) == path and server == ["/UNER_Danish-DDT/main/da_ddt-ud-dev.iob2"]
     assert capsys.readouterr().out == f"download  {eval_ner.SERVER}{server[0]}\n"
-    for treebank, reason in (("en_pud", "IncompleteRead"), ("de_pud", "please log in"), ("hr_set", "Not Found")):
+    for treebank, reason in (("en_pud", "IncompleteRead"), ("de_pud", "please log in"), ("hr_set", "Not Found"), ("ceb_gja", "empty")):
         with pytest.raises(eval_ner.Missing, match=reason) as error:
             eval_ner.find(treebank, "test", folder)
         assert f"fetch {eval_ner.SERVER}" in str(error.value) and str(folder / f"{treebank}-ud-test.iob2") in str(error.value)
     assert [path.name for path in folder.iterdir()] == ["da_ddt-ud-dev.iob2"]  # no torn file, no leftovers
+
+
+def test_one_treebank_that_fails_does_not_keep_all_from_the_others(server, treebanks, tmp_path, capsys):
+    """A 404 was taken for a dead network, and what the server did have was left out."""
+    assert list(eval_ner.resolve("all", "test", tmp_path)) == ["da_ddt"] and len(server) == len(eval_ner.REPOSITORIES)
+    assert "all is without ceb_gja, de_pud, en_ewt" in capsys.readouterr().out
+
+
+def test_a_data_folder_that_cannot_be_is_told(server, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(eval_ner.Missing, match="file/da_ddt-ud-test.iob2 is missing and the download failed"):
+        eval_ner.find("da_ddt", "test", tmp_path / "file")
 
 
 def test_without_a_network_all_takes_what_is_there_and_says_what_lacks(treebanks, tmp_path, monkeypatch, capsys):
