@@ -265,9 +265,9 @@ class Treebank:
         """predicted (W,) numbers of tags -> `span_f1`, and the strict F1."""
         if len(predicted) != len(self.tags) or (predicted < 0).any():
             raise ValueError(f"{(predicted >= 0).sum()} words were read, the treebank has {len(self.tags)}")
-        tags = iter(predicted.tolist())
+        following = iter(predicted.tolist())
         true = [tags for _, tags in self.sentences]
-        pred = [[TAGS[next(tags)] for _ in words] for words, _ in self.sentences]
+        pred = [[TAGS[next(following)] for _ in words] for words, _ in self.sentences]
         return span_f1(true, pred) | {"f1_strict": span_f1(true, pred, strict=True)["f1"]}
 
 

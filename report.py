@@ -434,7 +434,7 @@ def figure(arms, names):
              "axes.spines.right": False, "axes.linewidth": 0.6}
     letters = iter("abcdefghijklmnopqrstuvwxyz")
     with rc_context(style):
-        fig = Figure(figsize=(7.5, 1.9 * len(rows)), layout="constrained", dpi=200)
+        fig = Figure(figsize=(7.5, 1.9 * len(rows)), layout="constrained", dpi=150)
         for part, (title, panels) in zip(np.atleast_1d(fig.subfigures(len(rows), 1)), rows):
             if title:
                 part.suptitle(title, fontsize=8)
