@@ -1,0 +1,68 @@
+"""bench.py: what it reports adds up, and what it compares computes the same. No timing is asserted."""
+
+import json
+import tracemalloc
+
+import pytest
+from conftest import TOY
+
+import bench
+import data
+from config import UserError
+
+TINY = [flag for flag in TOY if not flag.startswith("--vocab_size")] + ["--vocab_size=3264", "--rounds=1", "--json"]
+
+
+def measure(capsys, *flags):
+    bench.main([*TINY, *flags])
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("flags", [[], ["--adapt=all"]])
+def test_the_figures_add_up(capsys, flags):
+    result = measure(capsys, *flags)
+    lm, episodes = result["steps"]["LM"], result["steps"]["episodes"]
+    assert lm["tokens"] == 4 * 32 and episodes["tokens"] == 4 * (2 + 2) * 8
+    for step in (lm, episodes):
+        assert step["tok_per_s"] == pytest.approx(1000 * step["tokens"] / step["ms"])
+        assert step["of_limit"] == pytest.approx(step["flop_per_s"] / result["limit_flop_per_s"])
+    # 16 sequences an update, 4 a micro-step, half of them episodes
+    optimizer = result["shares"]["optimizer"] * result["update_ms"]
+    assert result["update_ms"] == pytest.approx(2 * lm["ms"] + 2 * episodes["ms"] + optimizer)
+    batches = 2 * result["batch_ms"]["LM batch"] + 2 * result["batch_ms"]["episode batch"]
+    assert result["shares"]["data, in the background"] == pytest.approx(batches / result["update_ms"])
+    assert list(result["parts_ms"]) == ["embedding", "attention", "MLP", "norms", "output layer and loss"]
+    assert result["config"]["d_model"] == 24 and ("inner_loop_share_of_episode" in result) == (not flags)
+
+
+@pytest.mark.parametrize("against", ["naive", "transformers"])
+def test_what_is_compared_has_the_same_loss(capsys, against):
+    it = measure(capsys, f"--against={against}")["against"]
+    assert it["their_loss"] == pytest.approx(it["our_loss"], rel=1e-5)
+    assert it["times_as_fast"] == pytest.approx(it["their_ms"] / it["our_ms"])
+
+
+def test_an_episode_takes_no_more_memory_from_a_thousand_times_the_text():
+    peaks = []
+    for tokens in (10**6, 10**9):
+        corpus, tokenizer = bench.made_up(4096, tokens)
+        episodes = data.Episodes(corpus, tokenizer, ways=16, shots=4, queries=2, window=32, seed=1)
+        episodes[[0]]
+        tracemalloc.start()
+        assert episodes[[1, 2]].support.shape == (2, 16, 4, 32)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.5 * peaks[0] < 100e6, peaks
+
+
+def test_the_tables_name_every_measurement(capsys):
+    bench.main([flag for flag in TINY if flag != "--json"])
+    out = capsys.readouterr().out
+    for word in ("limit ", "LM ", "episodes ", "optimizer ", "probes ", "logging ", "data, in the background ", "attention ", "MLP "):
+        assert word in out
+
+
+@pytest.mark.parametrize(("flag", "message"), [("--rounds=0", "rounds must be at least 1"), ("--against=pico", "against must be empty")])
+def test_bad_flags_are_told(flag, message):
+    with pytest.raises(UserError, match=message):
+        bench.main([*TINY, flag])
