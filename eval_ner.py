@@ -1,7 +1,7 @@
 """Universal NER (Mayhew et al. 2023, arXiv 2311.09122): fine-tunes a checkpoint on treebanks, scores it on others.
 
     python eval_ner.py out/demo --train=da_ddt --test=all --mode=full --data=data/uner     # a run's newest checkpoint, or a file
-    python eval_ner.py out/demo --train=da_ddt --mode=head --lr=1e-2 --seeds=3             # frozen backbone; minutes on a laptop
+    python eval_ner.py out/demo --train=da_ddt --mode=head --lr=0.1 --seeds=3              # frozen backbone; minutes on a laptop
     python eval_ner.py out/demo --train=da_ddt --mode=majority                             # the floor: no model
 
 Treebanks that are missing in --data are downloaded. Results go to ner.jsonl beside the checkpoint, and to a table.
