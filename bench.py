@@ -183,7 +183,7 @@ def main(argv):
     corpus, tokenizer = made_up(min(cfg.vocab_size, 2**16))
     sequences = data.Sequences(corpus, cfg.context, cfg.seed)
     episodes = data.Episodes(corpus, tokenizer, cfg.ways, cfg.shots, cfg.queries, cfg.window, cfg.seed)
-    learner, optimizer = train.build(cfg, device, dtype)
+    learner, optimizer = train.build_learner(cfg, device, dtype)
     decoder, params = learner.decoder, list(learner.parameters())
     if compiled:
         for layer in decoder.model.layers:

@@ -27,6 +27,7 @@ CURVES = {"rank/resid": "rank, residual stream", "entropy": "attention entropy",
           "rank/o_proj": "rank, o_proj", "rank/down_proj": "rank, down_proj", "rank/grad_v_proj": "rank, gradient of v_proj",
           "rank/grad_o_proj": "rank, gradient of o_proj", "rank/grad_down_proj": "rank, gradient of down_proj"}
 COLORS = ("#c0392b", "#2c6fbb")  # of the arms
+MARKS = {"start": "v", "peak": "^", "settled": "s"}  # of a rise and fall
 # Two results that agree in these can be compared.
 NER_KEY = ("mode", "train", "test", "shots", "label", "bidirectional", "lr", "epochs", "patience", "batch_size", "sentences")
 BOTH = "diversify-then-compress"
@@ -384,6 +385,8 @@ def figure(arms, names):
         ax.set(xlabel="nats", title="validation loss by domain")
         arms_key(ax)
 
+    marked = set()  # curves that rise and fall
+
     def layers(runs, what, limits):
         def draw(ax):
             curves = [layer_curves(run, what) for run in runs]
@@ -396,6 +399,7 @@ def figure(arms, names):
                 found = [phase(*c) for c in every]
                 both = [p for p in found if p["verdict"] == BOTH]
                 if 2 * len(both) > len(found):
+                    marked.add(what)
                     for mark, marker in MARKS.items():
                         x = np.mean([p[mark] for p in both])
                         ax.plot(x, np.interp(x, steps, values), marker, color=colors[layer], ms=4, mec="black", mew=0.4)
@@ -406,8 +410,9 @@ def figure(arms, names):
         ax.axis("off")
         some = list(colors)[::-(-len(colors) // 12)]
         handles = [Line2D([], [], color=colors[layer], label=f"layer {layer}") for layer in some]
-        handles += [Line2D([], [], marker=marker, color="gray", mec="black", mew=0.4, lw=0, label=f"{mark} of a rise and fall")
-                    for mark, marker in MARKS.items()]
+        if marked:  # by the panels before this one
+            handles += [Line2D([], [], marker=marker, color="gray", mec="black", mew=0.4, lw=0, label=f"{mark} of a rise and fall")
+                        for mark, marker in MARKS.items()]
         ax.legend(handles=handles, loc="center", ncols=1 + (len(handles) > 8))
 
     keys = domain_keys(arms)
@@ -443,9 +448,6 @@ def figure(arms, names):
                 if draw is not layers_key:
                     ax.set_title(f"({next(letters)}) {ax.get_title()}")
     return fig
-
-
-MARKS = {"start": "v", "peak": "^", "settled": "s"}
 
 
 def main(argv):

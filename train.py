@@ -206,7 +206,7 @@ def peak_flops(device, dtype):
     return max(rates)
 
 
-def build(cfg, device, dtype):
+def build_learner(cfg, device, dtype):
     """(Learner, AdamW) of a fresh run."""
     generator = torch.Generator().manual_seed(cfg.seed)
     decoder = Decoder(cfg, generator)
@@ -340,7 +340,7 @@ def main(argv):
             episodes.episode(index)  # text with too few words fails here, not at meta_start
 
     # Model, optimizer, and where they stand
-    learner, optimizer = build(cfg, device, dtype)
+    learner, optimizer = build_learner(cfg, device, dtype)
     decoder, params = learner.decoder, list(learner.parameters())
     step, tokens, flops, seconds, run_id = 0, 0, 0, 0.0, os.urandom(4).hex()
     # Kept on the device, since reading them waits for it: the sum of each metric and its micro-steps since the last log, over all

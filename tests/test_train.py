@@ -20,6 +20,7 @@ from conftest import TOY, TOY_VOCAB, write_bin
 import checkpoint
 import config
 import data
+import probes
 import train
 from config import UserError
 from model import Layer
@@ -184,6 +185,14 @@ def test_probes_leave_a_compiled_run_as_it_is_and_measure_gradients(toy, tmp_pat
     assert [line["step"] for line in lines] == list(range(5))
     grads = [{key: value for key, value in line.items() if key.startswith("rank/grad_")} for line in lines]
     assert not grads[0] and len(grads[1]) == 6 and all(0 < value <= 24 for value in grads[1].values()) and grads[1] != grads[2]
+
+
+def test_effective_ranks_of_trained_weights_equal_the_full_svd(whole):
+    for name, weight in checkpoint.load_model(whole[2]).named_parameters():
+        if name.endswith(("v_proj.weight", "o_proj.weight", "down_proj.weight")):
+            sigma = torch.linalg.svdvals(weight.detach().double())
+            p = sigma / sigma.sum()
+            assert probes.effective_rank(weight) == pytest.approx(torch.exp(-(p * p.log()).sum()).item(), rel=1e-6)
 
 
 def test_probing_the_checkpoints_gives_what_was_measured_live(whole):
