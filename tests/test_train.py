@@ -386,12 +386,12 @@ def test_a_run_warns_when_the_query_loss_stays_at_ln_n(toy, tmp_path, capsys):
 def test_bad_data_is_refused_before_training(toy, tmp_path):
     with pytest.raises(UserError, match="the tokenizer of .* has 3258 ids, vocab_size = 3257"):
         run(toy, tmp_path / "a", "--vocab_size=3257")
+    (tmp_path / "tokenizer.json").write_text((toy / "tokenizer.json").read_text())
     for name in ("train_000000.bin", "val_000000.bin"):
         write_bin(tmp_path / name, np.arange(5000))
     with pytest.raises(UserError, match="token id 4999 is outside the vocabulary of 3264"):
         run(tmp_path, tmp_path / "a", "--meta_share=0")
     # An id that the model has and the tokenizer has not ended in an IndexError when an episode met it.
-    (tmp_path / "tokenizer.json").write_text((toy / "tokenizer.json").read_text())
     for name in ("train_000000.bin", "val_000000.bin"):
         write_bin(tmp_path / name, np.arange(TOY_VOCAB + 1))
     with pytest.raises(UserError, match=f"token id {TOY_VOCAB} is outside the vocabulary of {TOY_VOCAB}"):
