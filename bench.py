@@ -130,8 +130,7 @@ def rival(cfg, decoder, batch, dtype, compiled):
     else:
         model = train.Decoder(cfg).to(device)
         if compiled:
-            for layer in model.model.layers:
-                layer.compile(dynamic=False)
+            model.compile()
     model.load_state_dict(decoder.state_dict(), strict=False)
 
     def loss():
@@ -186,8 +185,7 @@ def main(argv):
     learner, optimizer = train.build_learner(cfg, device, dtype)
     decoder, params = learner.decoder, list(learner.parameters())
     if compiled:
-        for layer in decoder.model.layers:
-            layer.compile(dynamic=False)
+        decoder.compile()
     numbers = iter(range(10**9))
 
     def build(series, size):

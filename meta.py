@@ -138,7 +138,7 @@ class Learner(nn.Module):
     def features(self, windows):
         """windows (E, n, T) that end at the mask -> the backbone's features there (E, n, D)."""
         with self.autocast():  # the residual stream, and so the feature, stays in the parameters' precision
-            return self.decoder.hidden(windows.flatten(0, 1))[:, -1].unflatten(0, windows.shape[:2])
+            return self.decoder.hidden(windows.flatten(0, 1), last=True)[:, 0].unflatten(0, windows.shape[:2])
 
     def adapt_heads(self, support, labels, query, ways):
         """All episodes at once, each with a head of its own: support (E, N * K, T), labels (E, N * K), query (E, N * Q, T).
@@ -170,7 +170,7 @@ class Learner(nn.Module):
             # The fused attention kernels have no second derivative.
             kernels = nullcontext() if self.first_order else sdpa_kernel(SDPBackend.MATH)
             with self.autocast(), kernels:
-                x = functional_call(self.decoder.model, (backbone, buffers), (windows,), strict=True)[:, -1]
+                x = functional_call(self.decoder.model, (backbone, buffers), (windows,), {"last": True}, strict=True)[:, 0]
             return self.head(x[None], {name: p[None] for name, p in params.items()})[0]
 
         fast, outer = self.adapt(lambda params: F.cross_entropy(logits(params, support), labels), start)
@@ -190,10 +190,10 @@ class Learner(nn.Module):
         Second order roughly doubles the inner steps' share again; that part is an estimate.
         """
         if isinstance(batch, LMBatch):
-            return 3 * batch.ids.numel() * sum(self.decoder.flops(batch.ids.shape[1]))
+            return 3 * len(batch.ids) * sum(self.decoder.flops(batch.ids.shape[1]))
         E, N, K, T = batch.support.shape
         S, Q = E * N * K, E * N * batch.query.shape[2]  # windows
-        window = T * self.decoder.flops(T)[0]  # the backbone's forward pass over one
+        window = self.decoder.flops(T, last=True)[0]  # the backbone's forward pass over one
         layers = [2 * layer.weight.numel() for layer in self.head.layers] + [2 * N * self.head.features]
         head = sum(layers)
         again = 1 if self.first_order else 2

@@ -53,15 +53,17 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(cfg.d_model, cfg.n_kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(cfg.n_heads * self.head_dim, cfg.d_model, bias=False)
 
-    def qkv(self, x, cos, sin):
-        """x (B, T, D) -> q (B, H, T, C), k and v (B, G, T, C), with q and k rotated."""
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype), v
+    def qkv(self, x, cos, sin, last=False):
+        """x (B, T, D) -> q (B, H, T, C; last: B, H, 1, C), k and v (B, G, T, C), with q and k rotated."""
+        q, k, v = (proj(y).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+                   for proj, y in ((self.q_proj, x[:, -1:] if last else x), (self.k_proj, x), (self.v_proj, x)))
+        return rotate(q, cos[-q.shape[2]:], sin[-q.shape[2]:]).to(v.dtype), rotate(k, cos, sin).to(v.dtype), v
 
-    def forward(self, x, cos, sin, visible=None):
-        q, k, v = self.qkv(x, cos, sin)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None, enable_gqa=True)  # (B, H, T, C)
-        return self.o_proj(y.transpose(1, 2).flatten(-2))  # (B, T, D)
+    def forward(self, x, cos, sin, visible=None, last=False):
+        q, k, v = self.qkv(x, cos, sin, last)
+        causal = visible is None and not last  # the last position sees all
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal, enable_gqa=True)  # (B, H, T or 1, C)
+        return self.o_proj(y.transpose(1, 2).flatten(-2))  # (B, T or 1, D)
 
 
 class MLP(nn.Module):
@@ -83,8 +85,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(cfg.d_model, cfg.norm_eps)
         self.mlp = MLP(cfg)
 
-    def forward(self, x, cos, sin, visible=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, visible)
+    def forward(self, x, cos, sin, visible=None, last=False):
+        x = (x[:, -1:] if last else x) + self.self_attn(self.input_layernorm(x), cos, sin, visible, last)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -108,39 +110,44 @@ class Backbone(nn.Module):
             raise ValueError(f"{T} positions given, the model reads at most context = {len(self.cos)}")
         return self.cos[:T], self.sin[:T]
 
-    def forward(self, ids, visible=None):
-        """visible (B, T) bool turns the causal mask off: every position then attends to all that are True (the rest is padding)."""
+    def forward(self, ids, visible=None, last=False):
+        """visible (B, T) bool turns the causal mask off: every position then attends to all that are True (the rest is padding).
+
+        last: only the last position's features, (B, 1, D). The top layer then leaves out what only the other positions would need.
+        """
         rope = self.positions(ids.shape[1])
         x = self.embed_tokens(ids)  # (B, T, D)
         if visible is not None:
             rope = (*rope, visible[:, None, None])  # (B, 1, 1, T), for all heads and queries
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             x = layer(x, *rope)
-        return self.norm(x)
+        return self.norm(self.layers[-1](x, *rope, last=last))
+
+
+def softmax_loss(logits, target, dtype):
+    """Logits (n, V) and targets (n,) -> (summed cross-entropy, its gradient by the logits in `dtype`: softmax minus one-hot)."""
+    logp = logits.log_softmax(1, dtype=torch.promote_types(dtype, torch.float32))
+    right = logp.gather(1, target[:, None])  # (n, 1)
+    return -right.sum(), logp.exp_().to(dtype).scatter_(1, target[:, None], (right.exp() - 1).to(dtype))
 
 
 class OutputLoss(torch.autograd.Function):
     """Mean cross-entropy of x W^T (x (n, D), W (V, D), targets (n,)), the logits of `rows` positions at a time: (n, V) is never held.
 
     The gradients are made in the forward pass, while the logits are there, so nothing is computed twice. Matrix products in `dtype`,
-    the rest in float32 at least. (F.linear_cross_entropy, chunked, is as fast; it stays in float32 under autocast.)
+    the rest in float32 at least. `softmax_loss` may be a compiled one. (F.linear_cross_entropy, chunked, stays in float32 under autocast.)
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, dtype, rows, with_grad):
-        w, exact = weight.to(dtype), torch.promote_types(dtype, torch.float32)
-        total = x.new_zeros((), dtype=exact)
+    def forward(ctx, x, weight, targets, dtype, rows, with_grad, softmax_loss):
+        w, total = weight.to(dtype), x.new_zeros((), dtype=torch.promote_types(dtype, torch.float32))
         grad_x, grad_w = (torch.empty_like(x), torch.zeros_like(weight)) if with_grad else (x, weight)
         for part, target, grad in zip(x.to(dtype).split(rows), targets.split(rows), grad_x.split(rows)):
-            logits = (part @ w.mT).to(exact)  # (rows, V)
-            right, top = logits.gather(1, target[:, None]), logits.amax(1, keepdim=True)
-            p = logits.sub_(top).exp_()
-            norm = p.sum(1, keepdim=True)
-            total += (norm.log() + top - right).sum()
-            if with_grad:  # d loss / d logits = softmax - one-hot
-                p = p.div_(norm).scatter_add_(1, target[:, None], -torch.ones_like(right)).to(dtype)
-                grad.copy_(p @ w)
-                grad_w.addmm_(p.mT, part) if p.dtype == grad_w.dtype else grad_w.add_(p.mT @ part)
+            loss, slope = softmax_loss(part @ w.mT, target, dtype)  # (), (rows, V)
+            total += loss
+            if with_grad:
+                grad.copy_(slope @ w)
+                grad_w.addmm_(slope.mT, part) if dtype == grad_w.dtype else grad_w.add_(slope.mT @ part)
         ctx.save_for_backward(grad_x, grad_w)
         return total / len(x)
 
@@ -149,7 +156,7 @@ class OutputLoss(torch.autograd.Function):
     def backward(ctx, grad):
         grad_x, grad_w = ctx.saved_tensors
         scale = grad / len(grad_x)
-        return grad_x * scale, grad_w * scale, None, None, None, None
+        return grad_x * scale, grad_w * scale, None, None, None, None, None
 
 
 class Decoder(nn.Module):
@@ -161,6 +168,17 @@ class Decoder(nn.Module):
         self.model = Backbone(cfg)
         self.lm_head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
         self.init_weights(generator)
+        self.softmax_loss = softmax_loss
+
+    def compile(self):
+        """torch.compile, in place, of what a step is made of: each layer (all share their graphs), and the softmax of the loss.
+
+        A graph of its own has each shape, with gradient or without, of plain parameters or adapted ones, of the top layer or another:
+        10 for `adapt=all`, where by default the ninth and all after it would run uncompiled.
+        """
+        for layer in self.model.layers:
+            layer.compile(dynamic=False, recompile_limit=64)
+        self.softmax_loss = torch.compile(softmax_loss, dynamic=False, recompile_limit=64)
 
     def init_weights(self, generator=None):
         """Normal(0, 0.02), and 0.02 / sqrt(2 L) where a layer writes to the residual stream, as GPT-2; norms at 1."""
@@ -171,9 +189,9 @@ class Decoder(nn.Module):
                 writes = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.cfg.n_layers) if writes else 0.02, generator=generator)
 
-    def hidden(self, ids, visible=None):
-        """ids (B, T) -> features before the output layer (B, T, D); visible (B, T): without the causal mask, as in `Backbone`."""
-        return self.model(ids, visible)
+    def hidden(self, ids, visible=None, last=False):
+        """ids (B, T) -> features before the output layer (B, T, D), or (B, 1, D); visible and last as in `Backbone`."""
+        return self.model(ids, visible, last)
 
     def forward(self, ids, targets=None):
         """ids (B, T) -> logits (B, T, V); with targets (B, T), the mean cross-entropy in nats instead."""
@@ -185,22 +203,27 @@ class Decoder(nn.Module):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         rows = 512 if kind == "cpu" else 2048  # fit a cache; fill a GPU
-        return OutputLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), dtype, rows, torch.is_grad_enabled())
+        args = self.lm_head.weight, targets.flatten(), dtype, rows, torch.is_grad_enabled(), self.softmax_loss
+        return OutputLoss.apply(x.flatten(0, 1), *args)
 
-    def flops(self, T):
-        """Multiply-adds x 2 of one token's forward pass in a sequence of T: (below the output layer, in the output layer).
+    def flops(self, T, last=False):
+        """Multiply-adds x 2 of the forward pass of T tokens: (below the output layer, in the output layer); last as in `Backbone`.
 
         Counted as is usual for MFU (Chowdhery et al. 2022, arXiv 2204.02311, appendix B): the embedding is a look-up, and
         attention scores count in full though half of them are masked. A backward pass costs twice the forward.
         """
-        matrices = sum(p.numel() for p in self.model.layers.parameters() if p.dim() == 2)
-        return 2 * matrices + 4 * self.cfg.n_layers * self.cfg.d_model * T, 2 * self.lm_head.weight.numel()
+        scores = 4 * self.cfg.d_model * T  # a position's, in a layer
+        sizes = {name: p.numel() for name, p in self.model.layers[-1].named_parameters() if p.dim() == 2}
+        below = T * self.cfg.n_layers * (2 * sum(sizes.values()) + scores)
+        if last:  # the top layer's keys and values are all that T - 1 positions still give
+            below -= (T - 1) * (2 * sum(n for name, n in sizes.items() if not name.endswith(("k_proj.weight", "v_proj.weight"))) + scores)
+        return below, 2 * T * self.lm_head.weight.numel()
 
     @torch.no_grad()
     def generate(self, ids, n, temperature=1.0, top_k=None, generator=None):
         """ids (B, T) and n sampled tokens after them (B, T + n). temperature 0 takes the likeliest."""
         for _ in range(n):
-            logits = self.lm_head(self.hidden(ids[:, -self.cfg.context:])[:, -1]).float()  # (B, V)
+            logits = self.lm_head(self.hidden(ids[:, -self.cfg.context:], last=True)[:, 0]).float()  # (B, V)
             if temperature == 0:
                 new = logits.argmax(-1, keepdim=True)
             else:

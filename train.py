@@ -376,8 +376,7 @@ def main(argv):
         compiled = False
         print0("note      not compiled: torch.compile has no second derivative, which first_order=False needs of the layers")
     if compiled:
-        for layer in decoder.model.layers:
-            layer.compile(dynamic=False)
+        decoder.compile()
     # A kind of step leaves the other kind's parameters without gradient; all ranks draw the same kinds, so none waits for another.
     model = DistributedDataParallel(learner, device_ids=[device] if device.type == "cuda" else None, forward_sync_buffers=False,
                                     gradient_as_bucket_view=True, find_unused_parameters=True) if world > 1 else learner

@@ -136,6 +136,18 @@ def test_generate():
     assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("layers", [1, 3])
+def test_the_last_position_alone_is_as_among_all(layers):
+    """The features, and every gradient of a loss that reads nothing else."""
+    decoder = sharp(replace(SMALL, n_layers=layers)).double()
+    ids, params = torch.randint(0, 211, (5, 30)), list(decoder.model.parameters())
+    alone, among = decoder.hidden(ids, last=True), decoder.hidden(ids)[:, -1:]
+    assert alone.shape == (5, 1, 48) and torch.allclose(alone, among, atol=1e-12)
+    way = torch.randn_like(alone)
+    for a, b in zip(torch.autograd.grad((alone * way).sum(), params), torch.autograd.grad((among * way).sum(), params)):
+        assert (a - b).abs().max() <= 1e-10 * b.abs().max()
+
+
 def test_more_positions_than_context_are_refused():
     with pytest.raises(ValueError, match="65 positions given, the model reads at most context = 64"):
         Decoder(SMALL)(torch.zeros(1, 65, dtype=torch.long))

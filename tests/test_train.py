@@ -1,5 +1,6 @@
 """The loop end to end: the mix of steps, resume, ranks, stopping, what is written."""
 
+import functools
 import json
 import math
 import os
@@ -23,7 +24,6 @@ import data
 import probes
 import train
 from config import UserError
-from model import Layer
 from train import Config
 
 ROOT = Path(train.__file__).parent
@@ -174,9 +174,15 @@ def test_probes_and_evaluation_leave_the_run_as_it_is(toy, tmp_path, whole):
     assert all(same(state[key], whole[0][key]) for key in ("model", "head", "optimizer"))
 
 
-def test_probes_leave_a_compiled_run_as_it_is_and_measure_gradients(toy, tmp_path, monkeypatch):
+@pytest.fixture
+def tracing(monkeypatch):
+    """torch.compile with the backend that traces and differentiates as the real one does, but needs no C++ compiler."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+
+
+def test_probes_leave_a_compiled_run_as_it_is_and_measure_gradients(toy, tmp_path, tracing):
     """Probed at every step, gradients too, a compiled run has the same parameters, bit for bit."""
-    monkeypatch.setattr(Layer, "compile", lambda self, **options: torch.nn.Module.compile(self, backend="aot_eager", **options))
     flags = ["--compile=True", "--max_steps=4", "--seed=4", "--eval_every=0"]
     probed, _ = run(toy, tmp_path / "probed", *flags, "--probe_every=1", "--probe_gradients=True")
     bare, _ = run(toy, tmp_path / "bare", *flags, "--probe_every=0")
@@ -233,14 +239,31 @@ def test_validation_loss_is_the_mean_over_domains_whoever_computes_it(toy, tmp_p
     [[], ["--adapt=all", "--inner_lr=0.1"], ["--adapt=all", "--first_order=False", "--inner_steps=1", "--inner_lr=0.1"]],
     ids=["head", "all", "second order"],
 )
-def test_a_compiled_run_equals_an_eager_one(toy, tmp_path, flags, monkeypatch, capsys):
-    """With the backend that traces and differentiates as the real one does, but needs no C++ compiler."""
-    monkeypatch.setattr(Layer, "compile", lambda self, **options: torch.nn.Module.compile(self, backend="aot_eager", **options))
+def test_a_compiled_run_equals_an_eager_one(toy, tmp_path, flags, tracing, capsys):
+    """What is logged, and the checkpoints."""
     flags = [*flags, "--max_steps=4", "--seed=4"]
-    eager, compiled = run(toy, tmp_path / "eager", *flags)[1], run(toy, tmp_path / "compiled", "--compile=True", *flags)[1]
+    (eager, eager_lines), (compiled, lines) = run(toy, tmp_path / "eager", *flags), run(toy, tmp_path / "compiled", "--compile=True", *flags)
     assert ("not compiled" in capsys.readouterr().out) == ("--first_order=False" in flags)
-    for x, y in zip(eager, compiled, strict=True):
+    for x, y in zip(eager_lines, lines, strict=True):
         assert x == pytest.approx(y, rel=1e-4, abs=1e-5)
+    assert compiled["model"].keys() == eager["model"].keys()
+    for name, weight in eager["model"].items():
+        assert torch.linalg.norm(compiled["model"][name] - weight) < 1e-3 * torch.linalg.norm(weight), name
+
+
+@pytest.mark.parametrize("flags", [[], ["--adapt=all", "--inner_lr=0.1"]], ids=["head", "all"])
+def test_nothing_is_compiled_after_the_first_updates(toy, tmp_path, flags, tracing):
+    """With more and longer kinds of windows than dynamo keeps by default (8): past its limit it would go on uncompiled."""
+    stats, graphs = torch._dynamo.utils.counters["stats"], []
+    flags = [*flags, "--compile=True", "--seed=4", "--shots=3", "--eval_every=2", "--probe_every=1"]
+    for steps in (4, 8):
+        torch._dynamo.reset()
+        stats.clear()
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+            _, lines = run(toy, tmp_path / str(steps), *flags, f"--max_steps={steps}")
+        assert {"train/loss", "meta/query_loss", "val/loss"} <= set().union(*lines)
+        graphs.append(stats["unique_graphs"])
+    assert graphs[0] == graphs[1] > 4
 
 
 # ---- resume ----
@@ -313,7 +336,8 @@ def test_a_signal_finishes_the_step_writes_a_checkpoint_and_exits_with_0(toy, tm
 
 WORKER = """
 import sys; sys.path.insert(0, {root!r})
-import os, torch, train
+import functools, os, torch, train
+torch.compile = functools.partial(torch.compile, backend="aot_eager")
 class Learner(train.Learner):
     def __init__(self, *args):
         super().__init__(*args)
@@ -327,8 +351,9 @@ torch.save(made.state_dict(), {out!r} + os.environ["RANK"] + ".pt")
 
 @pytest.mark.parametrize(
     "flags",
-    [[], ["--head_layers=2", "--inner_lr=0.1"], ["--adapt=all", "--inner_lr=0.1"], ["--meta_share=0", "--head_layers=2"]],
-    ids=["linear", "mlp", "all", "vanilla"],
+    [[], ["--head_layers=2", "--inner_lr=0.1"], ["--adapt=all", "--inner_lr=0.1"], ["--meta_share=0", "--head_layers=2"],
+     ["--compile=True"]],
+    ids=["linear", "mlp", "all", "vanilla", "compiled"],
 )
 def test_two_ranks_are_bit_identical_and_equal_one_process_with_twice_the_micro_steps(toy, tmp_path, flags):
     """Twenty updates of LM, episodes and both; a head of several layers goes without gradient in some of them."""
@@ -341,7 +366,7 @@ def test_two_ranks_are_bit_identical_and_equal_one_process_with_twice_the_micro_
     assert two.returncode == 0, output
     a, b = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
     assert same(a, b)
-    one, lines = run(toy, tmp_path / "one", *flags)
+    one, lines = run(toy, tmp_path / "one", *flags, "--compile=False")
     single = {f"decoder.{name}": p for name, p in one["model"].items()} | {f"head.{name}": p for name, p in one["head"].items()}
     assert single.keys() == a.keys()
     for name in a:  # Adam turns gradients that are zero but for rounding into whole steps, so compare the bulk
