@@ -347,13 +347,14 @@ def main(argv):
     # ranks; updates skipped so far and in a row. What the host counts since the last log is in `since`.
     sums = torch.zeros(2, len(METRICS), device=device)
     skipped = torch.zeros(2, device=device)
-    since = {"steps": 0, "seconds": 0.0, "tokens": 0, "flops": 0, "episodes": 0, "stuck": 0}
+    since = {"steps": 0, "seconds": 0.0, "waited": 0.0, "tokens": 0, "flops": 0, "episodes": 0, "stuck": 0}
     state = resume_from(cfg, corpus)
     if state is not None:
         decoder.load_state_dict(state["model"])
         learner.head.load_state_dict(state["head"])
         optimizer.load_state_dict(state["optimizer"])
-        step, tokens, flops, seconds, run_id, since = (state[key] for key in ("step", "tokens", "flops", "seconds", "run_id", "since"))
+        step, tokens, flops, seconds, run_id = (state[key] for key in ("step", "tokens", "flops", "seconds", "run_id"))
+        since |= state["since"]
         sums, skipped = state["sums"].to(device), state["skipped"].to(device)
     resumed = step if state is not None else None
     del state  # three times the model
@@ -460,7 +461,9 @@ def main(argv):
         update = torch.zeros_like(sums)
         for micro in range(micro_steps):
             at = step * micro_steps + micro
+            waiting = time.perf_counter()
             batch, ahead = ahead.result(), pool.submit(build, at + 1) if at + 1 < cfg.max_steps * micro_steps else None
+            since["waited"] += time.perf_counter() - waiting
             batch = type(batch)(*(t.to(device, non_blocking=device.type == "cuda") for t in batch))  # from pinned memory there
             is_lm = isinstance(batch, data.LMBatch)
             with model.no_sync() if world > 1 and micro < micro_steps - 1 else nullcontext():
@@ -503,7 +506,7 @@ def main(argv):
             means = {name: total / count for name, total, count in zip(METRICS, *sums.tolist()) if count}
             line = {"flops": flops, "seconds": seconds, **means, "lr": lr_at(cfg, step - 1), "grad_norm": norm.item(),
                     "tok_per_s": since["tokens"] / since["seconds"], "mfu": since["flops"] / since["seconds"] / peak,
-                    "skipped": int(skipped[0])}
+                    "data_wait": since["waited"] / since["seconds"], "skipped": int(skipped[0])}
             log("log.jsonl", line)
             share = since["episodes"] / (since["steps"] * micro_steps)
             parts = [f"step {step:>6}", "loss " + (f"{means['train/loss']:.4f}" if "train/loss" in means else "-")]
@@ -513,6 +516,7 @@ def main(argv):
             parts += [f"lr {line['lr']:.2e}", f"grad {line['grad_norm']:.2f}", f"{1000 * since['seconds'] / since['steps']:.0f} ms",
                       f"{line['tok_per_s']:,.0f} tok/s", f"MFU {line['mfu']:.0%}"]
             parts += [f"episodes {share:.0%}"] * (episodes is not None) + [f"skipped {line['skipped']}"] * (line["skipped"] > 0)
+            parts += [f"waited for data {line['data_wait']:.0%}"] * (line["data_wait"] > 0.05)
             print0(" | ".join(parts), flush=True)
             stuck = since["stuck"]  # log lines in a row; no verdict while the learning rate is still small
             if "meta/query_loss" in means and step > cfg.warmup_steps:

@@ -4,11 +4,13 @@ import json
 import tracemalloc
 
 import pytest
+import torch
 from conftest import TOY
 
 import bench
 import data
 from config import UserError
+from model import Decoder, ModelConfig
 
 TINY = [flag for flag in TOY if not flag.startswith("--vocab_size")] + ["--vocab_size=3264", "--rounds=1", "--json"]
 
@@ -53,6 +55,16 @@ def test_an_episode_takes_no_more_memory_from_a_thousand_times_the_text():
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.5 * peaks[0] < 100e6, peaks
+
+
+def test_the_logits_are_never_whole():
+    """A loss and its gradients at the paper's vocabulary take a fraction of what the logits would in float32."""
+    decoder, n = Decoder(ModelConfig(n_layers=1)), 4096
+    x, targets = torch.randn(1, n, 96, requires_grad=True), torch.randint(0, 50304, (1, n))
+    spent = bench.peak_memory(torch.device("cpu"), lambda: decoder.loss(x, targets).backward())
+    if spent is None:
+        pytest.skip("this system does not tell a process's peak memory")
+    assert 4 * 512 * 50304 < spent < 4 * n * 50304 / 3
 
 
 def test_the_tables_name_every_measurement(capsys):

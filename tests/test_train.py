@@ -37,7 +37,7 @@ def run(toy, out_dir, *flags):
 
 def log(out_dir, name="log.jsonl"):
     lines = [json.loads(line) for line in (Path(out_dir) / name).read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in ("seconds", "tok_per_s", "mfu")} for line in lines]
+    return [{key: value for key, value in line.items() if key not in ("seconds", "tok_per_s", "mfu", "data_wait")} for line in lines]
 
 
 def process(toy, out_dir, *flags, ranks=0, script=ROOT / "train.py"):

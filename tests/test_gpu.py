@@ -1,0 +1,91 @@
+"""What CUDA computes equals what the CPU does. Skipped where there is no GPU."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import TOY
+from test_train import ROOT, log, run
+
+import bench
+import data
+import train
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+def step(toy, device, dtype, flags=()):
+    """{kind: (loss, gradients)} of a micro-step of each kind, at a width that tensor cores and fused attention take."""
+    cfg = train.config.load(
+        train.Config, [*TOY, f"--data={toy}", "--d_model=128", "--n_heads=4", "--n_kv_heads=2", "--d_hidden=256", "--inner_lr=0.2", *flags]
+    )
+    torch.backends.cuda.matmul.allow_tf32 = False
+    learner, _ = train.build_learner(cfg, torch.device(device), dtype)
+    corpus, tokenizer = data.open_corpus(toy)[0], data.load_tokenizer(toy)
+    series = {
+        "LM": data.Sequences(corpus, cfg.context, cfg.seed),
+        "episodes": data.Episodes(corpus, tokenizer, cfg.ways, cfg.shots, cfg.queries, cfg.window, cfg.seed),
+    }
+    found = {}
+    for kind, batches in series.items():
+        batch = batches[range(2)]
+        loss, _ = learner(type(batch)(*(t.to(device) for t in batch)))
+        loss.backward()
+        found[kind] = loss.item(), {name: p.grad.cpu() for name, p in learner.named_parameters() if p.grad is not None}
+        learner.zero_grad(set_to_none=True)
+    return found
+
+
+@pytest.mark.parametrize("flags", [[], ["--adapt=all"], ["--adapt=all", "--first_order=False"]], ids=["head", "all", "second order"])
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-3), (torch.bfloat16, 5e-2)], ids=["float32", "bfloat16"])
+def test_both_kinds_of_step_equal_those_on_the_cpu(toy, dtype, near, flags):
+    """Losses and every gradient; bfloat16 against float32 on the CPU."""
+    here, there = step(toy, "cpu", torch.float32, flags), step(toy, "cuda", dtype, flags)
+    for kind, (loss, grads) in here.items():
+        other, others = there[kind]
+        assert other == pytest.approx(loss, rel=near) and others.keys() == grads.keys()
+        a, b = (torch.cat([g.flatten() for g in some.values()]) for some in (grads, others))
+        assert torch.linalg.norm(b - a) < near * torch.linalg.norm(a), kind
+
+
+def test_a_compiled_run_equals_an_eager_one_and_is_resumed(toy, tmp_path):
+    flags = ["--device=cuda", "--seed=4", "--max_steps=6", "--checkpoint_every=3"]
+    (eager, lines), (compiled, others) = run(toy, tmp_path / "eager", *flags), run(toy, tmp_path / "compiled", *flags, "--compile=True")
+    for x, y in zip(lines, others, strict=True):
+        assert x == pytest.approx(y, rel=1e-2, abs=1e-2)
+    for name, weight in eager["model"].items():
+        assert torch.linalg.norm(compiled["model"][name] - weight) < 1e-2 * torch.linalg.norm(weight), name
+    (tmp_path / "compiled" / "ckpt_000006.pt").unlink()
+    again, _ = run(toy, tmp_path / "compiled", *flags, "--compile=True")
+    for name, weight in compiled["model"].items():
+        assert torch.linalg.norm(again["model"][name] - weight) < 1e-2 * torch.linalg.norm(weight), name
+
+
+def test_ranks_take_a_gpu_each(toy, tmp_path):
+    """NCCL, with as many ranks as there are GPUs, two at most."""
+    ranks = min(2, torch.cuda.device_count())
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", str(ROOT / "train.py"), *TOY]
+        + [f"--data={toy}", f"--out_dir={tmp_path}", "--max_steps=4", "--device=cuda", "--seed=4"],
+        capture_output=True, text=True, cwd=ROOT, env=os.environ,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert [line["step"] for line in log(tmp_path) if "train/loss" in line or "meta/query_loss" in line] == [1, 2, 3, 4]
+
+
+def test_the_logits_are_never_whole_in_float32():
+    """A step at the paper's vocabulary takes less memory than they would."""
+    torch.cuda.empty_cache()
+    learner, _ = train.build_learner(train.Config(context=1024), torch.device("cuda"), torch.bfloat16)
+    ids = torch.randint(0, 50304, (32, 1024), device="cuda")
+    spent = bench.peak_memory(ids.device, lambda: learner.decoder.loss(torch.randn(*ids.shape, 96, device="cuda"), ids))
+    assert spent < 4 * ids.numel() * 50304 / 2
+
+
+def test_bench(capsys):
+    bench.main([*(flag for flag in TOY if "device" not in flag and "vocab" not in flag), "--vocab_size=3264", "--rounds=1", "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["compiled"] and result["steps"]["LM"]["peak_bytes"] > 0
