@@ -178,12 +178,14 @@ def main(argv):
     compiled = device.type == "cuda" if cfg.compile is None else cfg.compile
     micro_steps = train.accumulation(cfg, 1)
     if device.type == "cuda":
+        torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
     corpus, tokenizer = made_up(min(cfg.vocab_size, 2**16))
     sequences = data.Sequences(corpus, cfg.context, cfg.seed)
     episodes = data.Episodes(corpus, tokenizer, cfg.ways, cfg.shots, cfg.queries, cfg.window, cfg.seed)
     learner, optimizer = train.build_learner(cfg, device, dtype)
     decoder, params = learner.decoder, list(learner.parameters())
+    compiled = compiled and (cfg.first_order or learner.head_only)  # as train.py does
     if compiled:
         decoder.compile()
     numbers = iter(range(10**9))
@@ -242,6 +244,7 @@ def main(argv):
         memory[name] = peak_memory(device, calls[name])
     seconds = {name: [] for name in calls}
     for i in range(cfg.rounds + 2):
+        optimizer.zero_grad(set_to_none=True)  # the LM step makes new gradients, the episodes add to them
         for name, call in calls.items():
             spent = clock(device, call)
             if i >= 2:
@@ -266,7 +269,8 @@ def main(argv):
     result = {
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads",
         "dtype": str(dtype).removeprefix("torch."), "compiled": compiled, "rounds": cfg.rounds, "limit_flop_per_s": limit, "steps": steps,
-        "episode_over_lm_at_equal_tokens": ms["episodes"] / steps["episodes"]["tokens"] * steps["LM"]["tokens"] / ms["LM"],
+        "episode_over_lm_at_equal_tokens": steps["LM"]["tok_per_s"] / steps["episodes"]["tok_per_s"],
+        "episode_over_lm_by_flops": learner.flops(episode) / steps["episodes"]["tokens"] / (learner.flops(lm) / steps["LM"]["tokens"]),
         "update_ms": whole, "shares": shares,
         "batch_ms": {name: ms[name] for name in ("LM batch", "episode batch")}, "parts_ms": {name: ms[name] for name in parts},
     }
@@ -291,11 +295,13 @@ def main(argv):
         rows.append([name, f"{step['ms']:.1f}", f"{step['tokens']:,}", f"{step['tok_per_s']:,.0f}", f"{step['flop_per_s'] / 1e9:,.1f}",
                      f"{step['of_limit']:.0%}", f"{step['of_data_sheet']:.0%}" if sheet else "-", gib(step["peak_bytes"])])
     table(rows)
-    print(f"          a token of an episode takes {result['episode_over_lm_at_equal_tokens']:.2f} of an LM token's time"
-          + (f"; inner loop and heads {ms['inner loop'] / ms['episodes']:.1%} of the step" if "inner loop" in ms else ""))
+    print(f"          a token of an episode takes {result['episode_over_lm_at_equal_tokens']:.3f} of an LM token's time, "
+          f"{result['episode_over_lm_by_flops']:.3f} by counted FLOPs")
+    if "inner loop" in ms:
+        print(f"          inner loop and heads take {result['inner_loop_share_of_episode']:.1%} of an episode step")
     print(f"update    {whole:,.0f} ms: {micro_steps} micro-steps, {share:.0%} of them episodes, and the optimizer; of that time:")
     table([[name, f"{part:.2%}"] for name, part in shares.items()])
-    print("parts     of the LM step, alone")
+    print("parts     of the LM step, each alone and eager")
     table([["", "ms", "of the step"]] + [[name, f"{ms[name]:.1f}", f"{ms[name] / ms['LM']:.0%}"] for name in parts])
     if cfg.against:
         it = result["against"]

@@ -55,8 +55,8 @@ class Attention(nn.Module):
 
     def qkv(self, x, cos, sin, last=False):
         """x (B, T, D) -> q (B, H, T, C; last: B, H, 1, C), k and v (B, G, T, C), with q and k rotated."""
-        q, k, v = (proj(y).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-                   for proj, y in ((self.q_proj, x[:, -1:] if last else x), (self.k_proj, x), (self.v_proj, x)))
+        q, k, v = self.q_proj(x[:, -1:] if last else x), self.k_proj(x), self.v_proj(x)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in (q, k, v))
         return rotate(q, cos[-q.shape[2]:], sin[-q.shape[2]:]).to(v.dtype), rotate(k, cos, sin).to(v.dtype), v
 
     def forward(self, x, cos, sin, visible=None, last=False):
@@ -125,9 +125,9 @@ class Backbone(nn.Module):
 
 
 def softmax_loss(logits, target, dtype):
-    """Logits (n, V), overwritten, and targets (n,) -> (summed cross-entropy, its gradient by the logits: softmax minus one-hot).
+    """Logits (n, V) and targets (n,) -> (summed cross-entropy, its gradient by the logits: softmax minus one-hot).
 
-    The gradient is in `dtype`, what lies between in float32 at least.
+    The gradient is in `dtype`, what lies between in float32 at least; the logits may be overwritten.
     """
     x = logits.to(torch.promote_types(dtype, torch.float32))
     right, top = x.gather(1, target[:, None]), x.amax(1, keepdim=True)  # (n, 1)
@@ -163,7 +163,7 @@ class OutputLoss(torch.autograd.Function):
     def backward(ctx, grad):
         grad_x, grad_w = ctx.saved_tensors
         scale = grad / len(grad_x)
-        return grad_x * scale, grad_w * scale, None, None, None, None, None
+        return grad_x * scale, grad_w * scale, *[None] * 5
 
 
 class Decoder(nn.Module):
@@ -183,6 +183,7 @@ class Decoder(nn.Module):
         A graph of its own has each shape, with gradient or without, of plain parameters or adapted ones, of the top layer or another:
         10 for `adapt=all`, where by default the ninth and all after it would run uncompiled.
         """
+        torch._dynamo.config.optimize_ddp = False  # would cut layers in two where DDP's buckets end; layers are the cuts here
         for layer in self.model.layers:
             layer.compile(dynamic=False, recompile_limit=64)
         self.softmax_loss = torch.compile(softmax_loss, dynamic=False, recompile_limit=64)
@@ -209,7 +210,7 @@ class Decoder(nn.Module):
         """Features x (B, T, D) and targets (B, T) -> mean cross-entropy in nats."""
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        rows = 512 if kind == "cpu" else 4096  # more: fewer passes over the weight's gradient; fewer: less memory
+        rows = 4096 if kind == "cuda" else 512  # more: fewer passes over the weight's gradient; fewer: less memory
         args = self.lm_head.weight, targets.flatten(), dtype, rows, torch.is_grad_enabled(), self.softmax_loss
         return OutputLoss.apply(x.flatten(0, 1), *args)
 
@@ -219,12 +220,13 @@ class Decoder(nn.Module):
         Counted as is usual for MFU (Chowdhery et al. 2022, arXiv 2204.02311, appendix B): the embedding is a look-up, and
         attention scores count in full though half of them are masked. A backward pass costs twice the forward.
         """
-        scores = 4 * self.cfg.d_model * T  # a position's, in a layer
-        sizes = {name: p.numel() for name, p in self.model.layers[-1].named_parameters() if p.dim() == 2}
-        below = T * self.cfg.n_layers * (2 * sum(sizes.values()) + scores)
-        if last:  # the top layer's keys and values are all that T - 1 positions still give
-            below -= (T - 1) * (2 * sum(n for name, n in sizes.items() if not name.endswith(("k_proj.weight", "v_proj.weight"))) + scores)
-        return below, 2 * T * self.lm_head.weight.numel()
+        layer = self.model.layers[0]
+        matrices = sum(p.numel() for p in layer.parameters() if p.dim() == 2)
+        keys = layer.self_attn.k_proj.weight.numel() + layer.self_attn.v_proj.weight.numel()
+        scores = 4 * self.cfg.d_model * T  # of one position
+        whole = T * (2 * matrices + scores)
+        top = 2 * T * keys + 2 * (matrices - keys) + scores if last else whole  # keys and values of all positions, the rest of one
+        return (self.cfg.n_layers - 1) * whole + top, 2 * T * self.lm_head.weight.numel()
 
     @torch.no_grad()
     def generate(self, ids, n, temperature=1.0, top_k=None, generator=None):

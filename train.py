@@ -463,7 +463,8 @@ def main(argv):
             at = step * micro_steps + micro
             waiting = time.perf_counter()
             batch, ahead = ahead.result(), pool.submit(build, at + 1) if at + 1 < cfg.max_steps * micro_steps else None
-            since["waited"] += time.perf_counter() - waiting
+            if device.type != "cuda" or torch.cuda.current_stream().query():  # else the GPU still had work: it did not wait
+                since["waited"] += time.perf_counter() - waiting
             batch = type(batch)(*(t.to(device, non_blocking=device.type == "cuda") for t in batch))  # from pinned memory there
             is_lm = isinstance(batch, data.LMBatch)
             with model.no_sync() if world > 1 and micro < micro_steps - 1 else nullcontext():

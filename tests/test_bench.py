@@ -28,6 +28,10 @@ def test_the_figures_add_up(capsys, flags):
     for step in (lm, episodes):
         assert step["tok_per_s"] == pytest.approx(1000 * step["tokens"] / step["ms"])
         assert step["of_limit"] == pytest.approx(step["flop_per_s"] / result["limit_flop_per_s"])
+    ratio = (episodes["ms"] / episodes["tokens"]) / (lm["ms"] / lm["tokens"])
+    assert result["episode_over_lm_at_equal_tokens"] == pytest.approx(ratio)
+    same = result["episode_over_lm_by_flops"] * lm["flop_per_s"] / episodes["flop_per_s"]  # FLOPs are rate x time
+    assert same == pytest.approx(ratio)
     # 16 sequences an update, 4 a micro-step, half of them episodes
     optimizer = result["shares"]["optimizer"] * result["update_ms"]
     assert result["update_ms"] == pytest.approx(2 * lm["ms"] + 2 * episodes["ms"] + optimizer)
@@ -55,6 +59,11 @@ def test_an_episode_takes_no_more_memory_from_a_thousand_times_the_text():
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.5 * peaks[0] < 100e6, peaks
+
+
+def test_second_order_is_measured_uncompiled(capsys):
+    """It ended in torch.compile's error that there is no double backward; train.py runs it uncompiled."""
+    assert not measure(capsys, "--compile=True", "--adapt=all", "--first_order=False")["compiled"]
 
 
 def test_the_logits_are_never_whole():

@@ -150,7 +150,8 @@ def test_a_run_writes_what_others_read(whole, capsys):
         assert ("train/loss" in line) == (not draws.all()) and ("meta/query_loss" in line) == draws.any()
         assert {"tokens", "flops", "grad_norm", "skipped"} <= line.keys()
     assert training[-1]["tokens"] == (~kinds).sum() * 8 * 32, "LM tokens"
-    assert all("tok_per_s" in json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines() if '"lr"' in line)
+    for line in [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines() if '"lr"' in line]:
+        assert line["tok_per_s"] > 0 and line["mfu"] > 0 and 0 < line["data_wait"] < 1
     assert [line["step"] for line in log(out_dir, "probes.jsonl")] == [0, 5, 10]
     assert {"rank/resid/01", "rank/v_proj/00", "entropy/01/01"} <= log(out_dir, "probes.jsonl")[0].keys()
     assert json.loads((out_dir / "config.json").read_text()) == state["config"]
@@ -242,7 +243,8 @@ def test_validation_loss_is_the_mean_over_domains_whoever_computes_it(toy, tmp_p
 def test_a_compiled_run_equals_an_eager_one(toy, tmp_path, flags, tracing, capsys):
     """What is logged, and the checkpoints."""
     flags = [*flags, "--max_steps=4", "--seed=4"]
-    (eager, eager_lines), (compiled, lines) = run(toy, tmp_path / "eager", *flags), run(toy, tmp_path / "compiled", "--compile=True", *flags)
+    eager, eager_lines = run(toy, tmp_path / "eager", *flags)
+    compiled, lines = run(toy, tmp_path / "compiled", *flags, "--compile=True")
     assert ("not compiled" in capsys.readouterr().out) == ("--first_order=False" in flags)
     for x, y in zip(eager_lines, lines, strict=True):
         assert x == pytest.approx(y, rel=1e-4, abs=1e-5)
