@@ -211,8 +211,8 @@ class Decoder(nn.Module):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         rows = 4096 if kind == "cuda" else 512  # more: fewer passes over the weight's gradient; fewer: less memory
-        args = self.lm_head.weight, targets.flatten(), dtype, rows, torch.is_grad_enabled(), self.softmax_loss
-        return OutputLoss.apply(x.flatten(0, 1), *args)
+        softmax = softmax_loss if dtype == torch.float32 else self.softmax_loss  # compiled, it would copy float32 logits back and forth
+        return OutputLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), dtype, rows, torch.is_grad_enabled(), softmax)
 
     def flops(self, T, last=False):
         """Multiply-adds x 2 of the forward pass of T tokens: (below the output layer, in the output layer); last as in `Backbone`.

@@ -1,3 +1,4 @@
+import functools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -87,9 +88,13 @@ def test_loss_at_init_is_near_log_v_and_equals_the_plain_cross_entropy():
         assert (a - b).abs().max() <= 1e-4 * b.abs().max()
 
 
-def test_the_loss_in_bfloat16_is_that_of_bfloat16_logits_in_float32():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_loss_in_bfloat16_is_that_of_bfloat16_logits_in_float32(compiled, monkeypatch):
     """F.linear_cross_entropy in chunks stays in float32 under autocast; in bfloat16 it gives a loss of 3 digits."""
     decoder = sharp(replace(SMALL, vocab_size=1000))
+    if compiled:
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+        decoder.compile()
     ids, targets = torch.randint(0, 1000, (2, 6, 64))
     with torch.autocast("cpu", torch.bfloat16):
         loss = decoder(ids, targets)
