@@ -181,7 +181,7 @@ class Decoder(nn.Module):
         """torch.compile, in place, of what a step is made of: each layer (all share their graphs), and the softmax of the loss.
 
         A graph of its own has each shape, with gradient or without, of plain parameters or adapted ones, of the top layer or another:
-        10 for `adapt=all`, where by default the ninth and all after it would run uncompiled.
+        about ten for `adapt=all`, where by default the ninth and all after it would run uncompiled.
         """
         torch._dynamo.config.optimize_ddp = False  # would cut layers in two where DDP's buckets end; layers are the cuts here
         for layer in self.model.layers:
