@@ -1,24 +1,26 @@
-"""Universal NER (Mayhew et al. 2023, arXiv 2311.09122): fine-tunes a checkpoint on treebanks, scores it on others.
+"""Universal NER (Mayhew et al. 2023, arXiv 2311.09122): fine-tunes a checkpoint and scores it.
 
-    python eval_ner.py out/demo --train=da_ddt --test=all --mode=full --data=data/uner     # a run's newest checkpoint, or a file
-    python eval_ner.py out/demo --train=da_ddt --mode=head --lr=0.1 --seeds=3              # frozen backbone; minutes on a laptop
-    python eval_ner.py out/demo --train=da_ddt --mode=majority                             # the floor: no model
+    python eval_ner.py out/demo --train=da_ddt --test=all             # fine-tunes the whole model
+    python eval_ner.py out/demo --train=da_ddt --mode=head --lr=0.1   # frozen backbone: minutes on a CPU
+    python eval_ner.py out/demo --train=da_ddt --mode=majority        # baseline without a model
 
-Treebanks that are missing in --data are downloaded. Results go to ner.jsonl beside the checkpoint, and to a table.
+The first argument is a run's folder (its newest checkpoint is used) or a checkpoint file. Treebanks that are
+missing in --data are downloaded. Scores are printed and appended to ner.jsonl beside the checkpoint.
 Shapes: B batch, T positions, D model width, n words of a batch, W words of a treebank.
 """
 import difflib
 import http.client
-import json
+import itertools
+import math
 import os
 import statistics
-import sys
 import time
 import urllib.error
 import urllib.request
 from collections import Counter, defaultdict
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,231 +31,376 @@ import torch.nn.functional as F
 import checkpoint
 import config
 import data
-from config import UserError
-from train import pick_device, start_wandb
+import logs
+from config import UserError, require
+from logs import start_wandb
+from machine import DTYPES, autocast, pick_device
 
 TYPES = ("PER", "ORG", "LOC")
 TAGS = ("O", *(f"{prefix}-{name}" for name in TYPES for prefix in "BI"))
+
 SERVER = "https://raw.githubusercontent.com/UniversalNER"
-REPOSITORIES = {  # of version 1: folder on the server, branch
-    "ceb_gja": "UNER_Cebuano-GJA/master", "da_ddt": "UNER_Danish-DDT/main", "de_pud": "UNER_German-PUD/master",
-    "en_ewt": "UNER_English-EWT/master", "en_pud": "UNER_English-PUD/master", "hr_set": "UNER_Croatian-SET/main",
-    "pt_bosque": "UNER_Portuguese-Bosque/master", "pt_pud": "UNER_Portuguese-PUD/master", "ru_pud": "UNER_Russian-PUD/master",
-    "sk_snk": "UNER_Slovak-SNK/master", "sr_set": "UNER_Serbian-SET/main", "sv_pud": "UNER_Swedish-PUD/master",
-    "sv_talbanken": "UNER_Swedish-Talbanken/master", "tl_trg": "UNER_Tagalog-TRG/master", "tl_ugnayan": "UNER_Tagalog-Ugnayan/master",
-    "zh_gsd": "UNER_Chinese-GSD/master", "zh_gsdsimp": "UNER_Chinese-GSDSIMP/master", "zh_pud": "UNER_Chinese-PUD/master",
+REPOSITORIES = {  # of version 1: treebank, its repository and branch
+    "ceb_gja": "UNER_Cebuano-GJA/master",
+    "da_ddt": "UNER_Danish-DDT/main",
+    "de_pud": "UNER_German-PUD/master",
+    "en_ewt": "UNER_English-EWT/master",
+    "en_pud": "UNER_English-PUD/master",
+    "hr_set": "UNER_Croatian-SET/main",
+    "pt_bosque": "UNER_Portuguese-Bosque/master",
+    "pt_pud": "UNER_Portuguese-PUD/master",
+    "ru_pud": "UNER_Russian-PUD/master",
+    "sk_snk": "UNER_Slovak-SNK/master",
+    "sr_set": "UNER_Serbian-SET/main",
+    "sv_pud": "UNER_Swedish-PUD/master",
+    "sv_talbanken": "UNER_Swedish-Talbanken/master",
+    "tl_trg": "UNER_Tagalog-TRG/master",
+    "tl_ugnayan": "UNER_Tagalog-Ugnayan/master",
+    "zh_gsd": "UNER_Chinese-GSD/master",
+    "zh_gsdsimp": "UNER_Chinese-GSDSIMP/master",
+    "zh_pud": "UNER_Chinese-PUD/master",
 }
-TRAINABLE = ("da_ddt", "en_ewt", "hr_set", "pt_bosque", "sk_snk", "sr_set", "sv_talbanken", "zh_gsd", "zh_gsdsimp")  # others: test only
+TRAINABLE = (  # have train and dev splits; the others have test only
+    "da_ddt", "en_ewt", "hr_set", "pt_bosque", "sk_snk", "sr_set", "sv_talbanken", "zh_gsd", "zh_gsdsimp",
+)
+# Written to each result, so that only results under the same settings are compared
+SETTINGS = ("shots", "label", "bidirectional", "lr", "epochs", "patience", "batch_size")
 
 
 @dataclass(frozen=True)
 class Config:
-    checkpoint: str = ""  # a run's folder (its newest checkpoint) or a checkpoint file; may be given without --checkpoint=
-    train: str = "en_ewt"  # treebanks to fine-tune on, comma-separated, or all; en_ewt:dev takes another split than train
-    test: str = "all"  # treebanks to score, comma-separated, or all; en_ewt:dev takes another split than test
-    mode: str = "full"  # what is trained: full, head (the backbone frozen), or majority (no model: a word's most frequent tag)
+    checkpoint: str = ""  # a run's folder (its newest checkpoint) or a file; usually the first argument
+    train: str = "en_ewt"  # treebanks to fine-tune on, comma-separated, or all; en_ewt:dev: its dev split
+    test: str = "all"  # treebanks to score, comma-separated, or all; en_ewt:dev: its dev split
+    mode: str = "full"  # full; head: frozen backbone; majority: no model, the most frequent tag of each word
     data: str = "data/uner"  # folder of <treebank>-ud-<split>.iob2 files; missing ones are downloaded into it
-    seeds: int = 1  # fine-tuning runs, with seeds 1, 2, ...: the head's start, the order of the batches, the shots
-    shots: int = 0  # sentences to fine-tune on, drawn from the training treebanks together; 0: all
-    epochs: int = 10  # most passes over the training sentences; the learning rate falls linearly to 0 over them
-    patience: int = 5  # epochs without a better dev score that end the training; the best epoch is scored
-    lr: float = 3e-5  # AdamW's learning rate at the start
-    batch_size: int = 16  # sentences of a batch (of one that is longer than the context: its windows)
-    label: str = "first"  # sub-token that is read for a word: first (as published), or last (which has seen the whole word)
-    bidirectional: bool = False  # True: without the causal mask, so that words on the right are seen too
+    seeds: int = 1  # fine-tuning runs, seeded 1, 2, ...: initial head, order of batches, choice of shots
+    shots: int = 0  # sentences to fine-tune on, drawn from all training treebanks together; 0: all sentences
+    epochs: int = 10  # at most; the learning rate falls linearly to 0 over them
+    patience: int = 5  # epochs without a better dev score before training stops; the best epoch is scored
+    lr: float = 3e-5  # initial learning rate of AdamW
+    batch_size: int = 16  # sentences per batch; one longer than the context counts once per window
+    label: str = "first"  # sub-token at which a word is read: first (as published) or last (sees it whole)
+    bidirectional: bool = False  # True: no causal mask, so that words also see what follows them
     wandb: str = "disabled"  # disabled, offline or online
-    wandb_project: str = "nanomaml"  # project there
+    wandb_project: str = "nanomaml"  # wandb project
     device: str = "auto"  # auto: cuda, else mps, else cpu; or a name like cuda:1
-    dtype: str = "auto"  # of the matrix products: bfloat16 or float32; auto: bfloat16 where the hardware has it
+    dtype: str = "auto"  # of matrix products: bfloat16 or float32; auto: bfloat16 where the hardware has it
 
     def __post_init__(self):
-        for key in ("seeds", "epochs", "patience", "batch_size"):
-            if getattr(self, key) < 1:
-                raise UserError(f"{key} must be at least 1, got {getattr(self, key)}")
-        if self.shots < 0 or self.lr <= 0:
-            raise UserError(f"shots = {self.shots} must not be negative and lr = {self.lr} must be positive")
-        for key, choices in (("mode", ("full", "head", "majority")), ("label", ("first", "last")),
-                             ("wandb", ("disabled", "offline", "online")), ("dtype", ("auto", "bfloat16", "float32"))):
-            if getattr(self, key) not in choices:
-                raise UserError(f"{key} must be one of {', '.join(choices)}, got {getattr(self, key)!r}")
+        config.require_at_least(self, 1, "seeds", "epochs", "patience", "batch_size")
+        config.require_at_least(self, 0, "shots")
+        config.require_positive(self, "lr")
+        config.require_choice(self, "mode", "full", "head", "majority")
+        config.require_choice(self, "label", "first", "last")
+        config.require_choice(self, "wandb", *logs.WANDB_MODES)
+        config.require_choice(self, "dtype", *DTYPES)
 
 
 # ---- treebanks ----
 
 
 def read_iob2(path):
-    """A treebank file -> its sentences, each a pair (words, tags) of equally long lists, with tags among TAGS.
+    """The sentences of a treebank file: pairs (words, tags) of equally long lists, with tags from TAGS.
 
-    As published, tags of the fourth type (OTH) and the slips B-O and I-O are read as O. UserError names the line that is malformed.
+    Tags of the fourth published type, OTH, are read as O, and so are B-O and I-O, slips in those files.
+    Raises UserError for a file that cannot be read, and for a malformed line with its number.
     """
-    sentences, words, tags = [], [], []
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
-    for number, line in enumerate(text.split("\n") + [""], 1):  # not splitlines(), which also splits at characters that words contain
+    sentences, words, tags = [], [], []
+    # Not splitlines(): it also splits at characters that occur inside words. The "" ends the last sentence.
+    for number, line in enumerate([*text.split("\n"), ""], 1):
         line = line.rstrip("\r")
+        if line.startswith("#"):
+            continue
         if not line.strip():
             if words:
                 sentences.append((words, tags))
                 words, tags = [], []
-        elif not line.startswith("#"):
-            columns = line.split("\t")
-            tag = columns[2].strip() if len(columns) > 2 else ""
-            if "OTH" in tag or tag in ("B-O", "I-O"):
-                tag = "O"
-            if tag not in TAGS or not columns[1]:
-                raise UserError(f"{path}, line {number}: expected id, word and one of {' '.join(TAGS)} or *-OTH, between tabs, "
-                                f"got {line[:100]!r}")
-            words.append(columns[1])
-            tags.append(tag)
+            continue
+        columns = line.split("\t")
+        tag = columns[2].strip() if len(columns) > 2 else ""
+        if "OTH" in tag or tag in ("B-O", "I-O"):
+            tag = "O"
+        if tag not in TAGS or not columns[1]:
+            raise UserError(
+                f"{path}, line {number}: expected id, word and one of {' '.join(TAGS)} or *-OTH, "
+                f"separated by tabs, got {line[:100]!r}"
+            )
+        words.append(columns[1])
+        tags.append(tag)
     return sentences
 
 
-class Missing(UserError):
-    """A treebank that is known is not there and could not be downloaded; `offline`: since the server was not reached."""
+class MissingTreebank(UserError):
+    """A published treebank is not in the folder and could not be downloaded.
 
-    def __init__(self, text, offline=False):
-        super().__init__(text)
-        self.offline = offline
+    is_offline: the server was not reached, so that other downloads will fail as well.
+    """
+
+    def __init__(self, message, is_offline=False):
+        super().__init__(message)
+        self.is_offline = is_offline
 
 
-def find(treebank, split, folder):
-    """The path of a treebank's split in `folder`, downloaded where it is missing; Missing or UserError where that is impossible."""
+def find_treebank(treebank, split, folder):
+    """The path of a treebank's split in `folder`, downloaded if it is missing.
+
+    Raises MissingTreebank where the download fails, UserError where the split was never published.
+    """
     path = Path(folder, f"{treebank}-ud-{split}.iob2")
     if path.exists():
         return path
     if treebank not in REPOSITORIES:
         near = difflib.get_close_matches(treebank, REPOSITORIES, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(REPOSITORIES)}"
-        raise UserError(f"{path} does not exist, and {treebank!r} is no treebank of Universal NER; {hint}")
+        raise UserError(f"{path} does not exist, and {treebank!r} is not a treebank of Universal NER; {hint}")
     if split not in ("train", "dev", "test"):
         raise UserError(f"{treebank}:{split}: the splits are train, dev and test")
     if split != "test" and treebank not in TRAINABLE:
-        raise UserError(f"{treebank} has no {split} split, only test; those with one are {', '.join(TRAINABLE)}")
-    url = f"{SERVER}/{REPOSITORIES[treebank]}/{path.name}"
+        names = ", ".join(TRAINABLE)
+        raise UserError(f"{treebank} has no {split} split, only test; those with one are {names}")
+    download(f"{SERVER}/{REPOSITORIES[treebank]}/{path.name}", path)
+    return path
+
+
+def download(url, path):
+    """Saves the treebank at `url` as `path`, complete or not at all. Raises MissingTreebank."""
+    print(f"download  {url}", flush=True)
     partial = path.with_suffix(".partial")
     try:
-        print(f"download  {url}", flush=True)
         request = urllib.request.Request(url, headers={"User-Agent": "eval_ner.py"})
         with urllib.request.urlopen(request, timeout=20) as response:
             content = response.read()
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(content)
-        if not read_iob2(partial):  # nor is a login page of some network a treebank
-            raise UserError("the answer is empty")
+        if not read_iob2(partial):  # raises UserError for other content, such as a network's login page
+            raise UserError("the file is empty")
         os.replace(partial, path)
     except (OSError, http.client.HTTPException, UserError) as error:  # urllib's errors are OSErrors
         with suppress(OSError):
             partial.unlink()
         reason = getattr(error, "reason", None) or error
-        offline = isinstance(error, (urllib.error.URLError, TimeoutError)) and not isinstance(error, urllib.error.HTTPError)
-        raise Missing(f"{path} is missing and the download failed ({reason}): fetch {url} and put it there", offline) from None
-    return path
+        is_answer = isinstance(error, urllib.error.HTTPError)  # a URLError too, but the server was reached
+        is_offline = isinstance(error, (urllib.error.URLError, TimeoutError)) and not is_answer
+        raise MissingTreebank(
+            f"{path} is missing and the download failed ({reason}): fetch {url} and put it there", is_offline
+        ) from None
 
 
 def resolve(names, split, folder):
-    """`names` as in --train and --test -> {"treebank" or "treebank:split": path}."""
-    if names != "all":
-        pairs = [(name, *name.split(":", 1)) for name in filter(None, (name.strip() for name in names.split(",")))]
-        if not pairs:
-            raise UserError(f"no treebank named: give --{split}=all or names like da_ddt,en_ewt")
-        return {name: find(treebank, given[0] if given else split, folder) for name, treebank, *given in pairs}
-    here = {path.name.removesuffix(f"-ud-{split}.iob2") for path in Path(folder).glob(f"*-ud-{split}.iob2")}
-    paths, lacking = {}, {}
-    for treebank in sorted(here | set(REPOSITORIES if split == "test" else TRAINABLE)):
-        offline = next((error for error in lacking.values() if error.offline), None)  # do not wait for the network again
-        try:
-            if offline and treebank not in here:
-                raise offline
-            paths[treebank] = find(treebank, split, folder)
-        except Missing as error:
-            lacking[treebank] = error
-    if not paths:
-        raise next(iter(lacking.values()))
-    if lacking:
-        print(f"note      all is without {', '.join(lacking)}: {next(iter(lacking.values()))}", flush=True)
+    """{name: path} of the treebanks that --train or --test names: "all", or "da_ddt,en_ewt:dev".
+
+    split: "train" or "test", for names without one of their own.
+    """
+    if names == "all":
+        return find_all(split, folder)
+    paths = {}
+    for name in filter(None, map(str.strip, names.split(","))):
+        treebank, colon, own_split = name.partition(":")
+        paths[name] = find_treebank(treebank, own_split if colon else split, folder)
+    require(paths, f"no treebank named: give --{split}=all or names like da_ddt,en_ewt")
     return paths
+
+
+def find_all(split, folder):
+    """{treebank: path} of the published treebanks with this split and of any others in `folder`.
+
+    A note names those that cannot be downloaded. Raises MissingTreebank if no treebank is left.
+    """
+    suffix = f"-ud-{split}.iob2"
+    local = {path.name.removesuffix(suffix) for path in Path(folder).glob(f"*{suffix}")}
+    published = REPOSITORIES if split == "test" else TRAINABLE
+    paths, errors, offline_error = {}, {}, None
+    for treebank in sorted(local.union(published)):
+        if offline_error and treebank not in local:  # one time-out is enough
+            errors[treebank] = offline_error
+            continue
+        try:
+            paths[treebank] = find_treebank(treebank, split, folder)
+        except MissingTreebank as error:
+            errors[treebank] = error
+            if error.is_offline:
+                offline_error = error
+    if errors:
+        first_error = next(iter(errors.values()))
+        if not paths:
+            raise first_error
+        print(f"note      --{split}=all leaves out {', '.join(errors)}: {first_error}", flush=True)
+    return paths
+
+
+# ---- sentences to train on, to choose the epoch on, and to score ----
+
+
+def choose_sentences(cfg):
+    """(train, dev, {test: sentences}) as --train and --test name them; the best epoch is chosen on dev.
+
+    dev holds the dev splits of the training treebanks. For a treebank without one, and for names like
+    en_ewt:dev, every tenth training sentence is held out instead.
+    """
+    train_paths = resolve(cfg.train, "train", cfg.data)
+    test_paths = resolve(cfg.test, "test", cfg.data)
+    dev_paths = {name: find_dev(name, cfg.data) for name in train_paths}
+    uses = Counter([*train_paths.values(), *filter(None, dev_paths.values()), *test_paths.values()])
+    repeated = ", ".join(path.name for path, n in uses.items() if n > 1)
+    require(
+        not repeated,
+        f"{repeated} would be used twice (to train, choose the epoch or score): change --train or --test",
+    )
+
+    train, dev = [], []
+    for name, path in train_paths.items():
+        sentences = read_iob2(path)
+        if dev_paths[name]:
+            train += sentences
+            dev += read_iob2(dev_paths[name])
+        else:
+            train += [sentence for i, sentence in enumerate(sentences) if i % 10 != 9]
+            dev += sentences[9::10]
+    tests = {name: read_iob2(path) for name, path in test_paths.items()}
+
+    require(
+        cfg.shots <= len(train),
+        f"shots = {cfg.shots} is more than the {len(train)} training sentences of {cfg.train}: lower it",
+    )
+    require(
+        train and dev,
+        f"{cfg.train} gives {len(train)} sentences to train on and {len(dev)} to choose the epoch on: see "
+        f"the files in {cfg.data} (without a dev split, every tenth training sentence is held out)",
+    )
+    for name, sentences in tests.items():
+        require(sentences, f"{test_paths[name]} has no sentences to score: leave {name} out of --test")
+    return train, dev, tests
+
+
+def find_dev(name, folder):
+    """The path of the dev split that belongs to the training treebank `name`, or None."""
+    treebank, _, split = name.partition(":")
+    if split not in ("", "train"):
+        return None
+    if treebank in REPOSITORIES or Path(folder, f"{treebank}-ud-dev.iob2").exists():
+        return find_treebank(treebank, "dev", folder)
+    return None
+
+
+def draw_shots(sentences, shots, seed):
+    """`shots` different sentences at random."""
+    order = torch.randperm(len(sentences), generator=torch.Generator().manual_seed(seed))
+    return [sentences[i] for i in order[:shots].tolist()]
 
 
 # ---- span F1 ----
 
 
 def spans(tags, strict=False):
-    """{(type, first, end)} of one sentence. An I- that continues no span of its type begins one, or is no span at all if `strict`."""
-    found, kind, first = set(), None, 0
+    """{(type, first word, last word + 1)} of a sentence's tags.
+
+    An I- tag that does not continue a span of its type begins one or, if `strict`, belongs to no span.
+    """
+    result = set()
+    open_type, first = None, 0
     for i, tag in enumerate([*tags, "O"]):
         prefix, _, name = tag.partition("-")
-        if kind is not None and (prefix != "I" or name != kind):
-            found.add((kind, first, i))
-            kind = None
-        if prefix == "B" or prefix == "I" and kind is None and not strict:
-            kind, first = name, i
-    return found
+        if open_type is not None and (prefix != "I" or name != open_type):
+            result.add((open_type, first, i))
+            open_type = None
+        if prefix == "B" or prefix == "I" and open_type is None and not strict:
+            open_type, first = name, i
+    return result
 
 
 def span_f1(true, pred, strict=False):
-    """Micro-averaged span scores of tags `pred` against `true` (lists of sentences, each a list of IOB2 tags).
+    """Micro-averaged span scores of tags `pred` against `true`: lists of sentences, which are lists of tags.
 
-    {"f1", "precision", "recall", "per_type": {type: the same and "support"}}, 0 where a ratio has no denominator. As seqeval by default
-    (the reading of CoNLL's script); strict: as seqeval with mode="strict" and IOB2.
+    Returns {"f1", "precision", "recall", "per_type": {type: the same and "support"}}; 0 where a ratio has no
+    denominator. Equals seqeval by default (as CoNLL's script) or, if `strict`, its mode="strict" with IOB2.
     """
-    true_n, pred_n, both = Counter(), Counter(), Counter()
-    for a, b in zip(true, pred, strict=True):
-        if len(a) != len(b):
-            raise ValueError(f"a sentence has {len(a)} true tags and {len(b)} predicted ones")
-        a, b = spans(a, strict), spans(b, strict)
-        for count, found in ((true_n, a), (pred_n, b), (both, a & b)):
-            count.update(kind for kind, _, _ in found)
+    n_true, n_pred, n_correct = Counter(), Counter(), Counter()
+    for true_tags, pred_tags in zip(true, pred, strict=True):
+        if len(true_tags) != len(pred_tags):
+            raise ValueError(f"a sentence has {len(true_tags)} true tags and {len(pred_tags)} predicted ones")
+        true_spans, pred_spans = spans(true_tags, strict), spans(pred_tags, strict)
+        n_true.update(name for name, _, _ in true_spans)
+        n_pred.update(name for name, _, _ in pred_spans)
+        n_correct.update(name for name, _, _ in true_spans & pred_spans)
 
-    def scores(kinds):
-        right, said, there = (sum(count[kind] for kind in kinds) for count in (both, pred_n, true_n))
-        f1, precision, recall = 2 * right / max(said + there, 1), right / max(said, 1), right / max(there, 1)
-        return {"f1": f1, "precision": precision, "recall": recall, "support": there}
+    def scores(types):
+        support, predicted, correct = (sum(n[name] for name in types) for n in (n_true, n_pred, n_correct))
+        return {
+            "f1": 2 * correct / max(predicted + support, 1),
+            "precision": correct / max(predicted, 1),
+            "recall": correct / max(support, 1),
+            "support": support,
+        }
 
-    total = scores(true_n.keys() | pred_n.keys())
+    total = scores(n_true.keys() | n_pred.keys())
     del total["support"]
-    return total | {"per_type": {kind: scores([kind]) for kind in sorted({*TYPES, *true_n, *pred_n})}}
+    return total | {"per_type": {name: scores([name]) for name in sorted({*TYPES, *n_true, *n_pred})}}
 
 
 # ---- words and sub-tokens ----
 
 
 class Window(NamedTuple):
-    ids: list  # sub-tokens that the model reads
-    at: list  # the positions at which words are read ...
-    words: list  # ... and the number of each of these words in the treebank
+    """What the model reads at once: a sentence, or a part of one that is longer than the context."""
+    ids: list  # sub-tokens
+    positions: list  # one for each word that is tagged in this window: the sub-token at which it is read
+    words: list  # numbers of these words in the treebank
 
 
 def cut(sentences, tokenizer, context, label):
-    """Sentences -> windows of at most `context` sub-tokens, in which every word is read exactly once.
+    """Cuts sentences into windows of at most `context` sub-tokens, in which each word is tagged exactly once.
 
-    A word's sub-tokens are those of the word with a space before it. A sentence that is too long is read in several windows, each
-    with up to half a window of what came before; of a word that alone is too long the first sub-tokens are read.
+    A word's sub-tokens are those of the word after a space. A word longer than the context is cut off there.
     """
-    windows, number = [], 0
+    windows, n_before = [], 0  # n_before: words of the sentences before this one
     for words, _ in sentences:
         tokens = [tokenizer.encode_ordinary(" " + word)[:context] for word in words]
-        ends = [0]
-        for part in tokens:
-            ends.append(ends[-1] + len(part))
-        first = 0  # word not read yet
-        while first < len(words):
-            start = first  # of the window; before `first` lies what came before
-            while start > 0 and ends[first] - ends[start - 1] <= context // 2 and ends[first + 1] - ends[start - 1] <= context:
-                start -= 1
-            end = first + 1
-            while end < len(words) and ends[end + 1] - ends[start] <= context:
-                end += 1
-            at = [(ends[word] if label == "first" else ends[word + 1] - 1) - ends[start] for word in range(first, end)]
-            windows.append(Window(sum(tokens[start:end], []), at, list(range(number + first, number + end))))
-            first = end
-        number += len(words)
+        offsets = [0, *itertools.accumulate(map(len, tokens))]  # word i: sub-tokens offsets[i]:offsets[i + 1]
+        for start, first, end in window_bounds(offsets, context):
+            first_tokens = offsets[first:end]
+            last_tokens = [offset - 1 for offset in offsets[first + 1:end + 1]]
+            read_at = first_tokens if label == "first" else last_tokens
+            windows.append(Window(
+                ids=sum(tokens[start:end], []),
+                positions=[offset - offsets[start] for offset in read_at],
+                words=list(range(n_before + first, n_before + end)),
+            ))
+        n_before += len(words)
     return windows
 
 
+def window_bounds(offsets, context):
+    """(start, first, end) of each window of a sentence: it holds words start:end and tags words first:end.
+
+    Words start:first, up to half a window, were tagged in an earlier window and are repeated as context.
+    """
+    n_words = len(offsets) - 1
+    first = 0
+    while first < n_words:
+        start = first
+        while (
+            start > 0
+            and offsets[first] - offsets[start - 1] <= context // 2
+            and offsets[first + 1] - offsets[start - 1] <= context  # leaves room for the word `first`
+        ):
+            start -= 1
+        end = first + 1
+        while end < n_words and offsets[end + 1] - offsets[start] <= context:
+            end += 1
+        yield start, first, end
+        first = end
+
+
 class Treebank:
-    """Sentences as tensors: windows, the tag of each word (W,), and the features (W, D) where the backbone is frozen."""
+    """Sentences, their windows, and their tags as numbers (W,).
+
+    features: (W, D) from `cache_features` where the backbone is frozen, else None.
+    """
 
     def __init__(self, sentences, tokenizer, context, label):
         self.sentences = sentences
@@ -262,238 +409,309 @@ class Treebank:
         self.features = None
 
     def score(self, predicted):
-        """predicted (W,) numbers of tags -> `span_f1`, and the strict F1."""
+        """`span_f1` of the predicted tag numbers (W,), and "f1_strict"."""
         if len(predicted) != len(self.tags) or (predicted < 0).any():
-            raise ValueError(f"{(predicted >= 0).sum()} words were read, the treebank has {len(self.tags)}")
-        following = iter(predicted.tolist())
+            n_tagged = (predicted >= 0).sum()
+            raise ValueError(f"{n_tagged} words were tagged, the treebank has {len(self.tags)}")
+        remaining = iter(predicted.tolist())
         true = [tags for _, tags in self.sentences]
-        pred = [[TAGS[next(following)] for _ in words] for words, _ in self.sentences]
+        pred = [[TAGS[next(remaining)] for _ in words] for words, _ in self.sentences]
         return span_f1(true, pred) | {"f1_strict": span_f1(true, pred, strict=True)["f1"]}
 
 
 def batches(windows, size, generator=None):
-    """Lists of `size` windows of about the same length. With a generator in a random order, by length only within 32 batches."""
-    order = torch.randperm(len(windows), generator=generator).tolist() if generator else range(len(windows))
-    pool = 32 * size if generator else len(windows)
-    found = []
-    for start in range(0, len(order), pool or 1):
-        near = sorted(order[start:start + pool], key=lambda i: len(windows[i].ids))
-        found += [[windows[i] for i in near[i:i + size]] for i in range(0, len(near), size)]
-    return [found[i] for i in torch.randperm(len(found), generator=generator).tolist()] if generator else found
+    """Lists of up to `size` windows of similar length, which keeps padding low.
+
+    With a generator they come in random order, and windows are sorted by length within random pools of 32
+    batches only, so that each epoch gets new batches. Without one all windows are sorted.
+    """
+    def order(n):
+        return torch.randperm(n, generator=generator).tolist() if generator else range(n)
+
+    shuffled = order(len(windows))
+    pool = 32 * size if generator else max(len(windows), 1)
+    result = []
+    for start in range(0, len(windows), pool):
+        by_length = sorted(shuffled[start:start + pool], key=lambda i: len(windows[i].ids))
+        for first in range(0, len(by_length), size):
+            result.append([windows[i] for i in by_length[first:first + size]])
+    return [result[i] for i in order(len(result))]
 
 
 def padding(batches):
-    """The share of the positions in batches of windows that is padding."""
-    read = sum(len(window.ids) for batch in batches for window in batch)
-    return 1 - read / sum(len(batch) * max(len(window.ids) for window in batch) for batch in batches)
+    """The share of padding among the positions of batches."""
+    used = sum(len(window.ids) for batch in batches for window in batch)
+    padded = sum(len(batch) * max(len(window.ids) for window in batch) for batch in batches)
+    return 1 - used / padded
 
 
-def read_words(decoder, batch, bidirectional, dtype):
-    """The backbone's features (n, D) at the words of a batch of windows, in their order."""
-    device = decoder.lm_head.weight.device
-    lengths = torch.tensor([len(window.ids) for window in batch], device=device)
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(window.ids) for window in batch], batch_first=True).to(device)  # (B, T)
-    # Padding lies on the right, where the causal mask hides it.
-    visible = torch.arange(ids.shape[1], device=device) < lengths[:, None] if bidirectional else None  # (B, T)
-    rows = torch.tensor([row for row, window in enumerate(batch) for _ in window.at], device=device)
-    at = torch.tensor([position for window in batch for position in window.at], device=device)
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        return decoder.hidden(ids, visible)[rows, at]
-
-
-def numbers(batch):
+def word_numbers(batch):
+    """The numbers (n,) in the treebank of the words that a batch of windows tags."""
     return torch.tensor([word for window in batch for word in window.words])
 
 
-# ---- fine-tuning ----
+# ---- model ----
+
+
+def read_words(decoder, batch, bidirectional, dtype):
+    """The backbone's features (n, D) at the words of a batch of windows, in the order of `word_numbers`."""
+    device = decoder.lm_head.weight.device
+    sequences = [torch.tensor(window.ids) for window in batch]
+    ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(device)  # (B, T)
+    visible = None  # padding lies on the right, where the causal mask hides it
+    if bidirectional:
+        lengths = torch.tensor([len(window.ids) for window in batch], device=device)
+        visible = torch.arange(ids.shape[1], device=device) < lengths[:, None]  # (B, T)
+    rows = torch.tensor([row for row, window in enumerate(batch) for _ in window.positions], device=device)
+    columns = torch.tensor([position for window in batch for position in window.positions], device=device)
+    with autocast(device, dtype):
+        return decoder.hidden(ids, visible)[rows, columns]
 
 
 @torch.no_grad()
-def freeze(decoder, treebank, cfg, dtype):
-    """Reads all words of a treebank once: what a frozen backbone says of them does not change."""
-    treebank.features = torch.empty(len(treebank.tags), decoder.cfg.d_model, device=decoder.lm_head.weight.device)
+def cache_features(decoder, treebank, cfg, dtype):
+    """Computes the features of all words of a treebank once: with a frozen backbone they never change."""
+    device = decoder.lm_head.weight.device
+    treebank.features = torch.empty(len(treebank.tags), decoder.cfg.d_model, device=device)  # (W, D)
     for batch in batches(treebank.windows, 64):
-        treebank.features[numbers(batch)] = read_words(decoder, batch, cfg.bidirectional, dtype)
+        treebank.features[word_numbers(batch)] = read_words(decoder, batch, cfg.bidirectional, dtype)
 
 
 def logits(decoder, head, treebank, batch, cfg, dtype):
-    """Of the words of a batch over the tags (n, 7)."""
+    """The logits (n, 7) of the tags of a batch's words."""
     if treebank.features is not None:
-        return head(treebank.features[numbers(batch).to(treebank.features.device)])
+        return head(treebank.features[word_numbers(batch).to(treebank.features.device)])
     return head(read_words(decoder, batch, cfg.bidirectional, dtype).float())
 
 
 @torch.no_grad()
 def predict(decoder, head, treebank, cfg, dtype):
-    """(number of the likeliest tag of each word (W,), mean cross-entropy in nats), on the CPU."""
-    predicted, total = torch.full_like(treebank.tags, -1), 0.0
+    """(numbers of the likeliest tags (W,) on the CPU, mean cross-entropy in nats)."""
+    predicted = torch.full_like(treebank.tags, -1)
+    total_loss = 0.0
     for batch in batches(treebank.windows, 64):
-        words = numbers(batch)
-        out = logits(decoder, head, treebank, batch, cfg, dtype).float().cpu()
-        predicted[words] = out.argmax(-1)
-        total += F.cross_entropy(out, treebank.tags[words], reduction="sum").item()
-    return predicted, total / max(len(predicted), 1)
-
-
-def fine_tune(decoder, train, dev, cfg, seed, dtype, log):
-    """Trains a linear head, and with --mode=full the backbone in place, to its best epoch on `dev`: (head, epoch, dev F1)."""
-    device, generator = decoder.lm_head.weight.device, torch.Generator().manual_seed(seed)
-    head = nn.Linear(decoder.cfg.d_model, len(TAGS))
-    nn.init.normal_(head.weight, std=0.02, generator=generator)
-    nn.init.zeros_(head.bias)
-    head.to(device)
-    trained = nn.ModuleList([head] if cfg.mode == "head" else [head, decoder.model])
-    params = list(trained.parameters())
-    optimizer = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=0.0, fused=True)
-    steps, step, best = cfg.epochs * -(-len(train.windows) // cfg.batch_size), 0, None
-    for epoch in range(1, cfg.epochs + 1):
-        began, told, total = time.perf_counter(), time.perf_counter(), torch.zeros((), device=device)
-        order = batches(train.windows, cfg.batch_size, generator)
-        for i, batch in enumerate(order, 1):
-            target = train.tags[numbers(batch)].to(device)
-            loss = F.cross_entropy(logits(decoder, head, train, batch, cfg, dtype), target)
-            loss.backward()
-            nn.utils.clip_grad_norm_(params, 1.0)
-            for group in optimizer.param_groups:
-                group["lr"] = cfg.lr * (1 - step / steps)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            step += 1
-            total += loss.detach()
-            if time.perf_counter() - told > 20:
-                told = time.perf_counter()
-                print(f"seed {seed} | epoch {epoch:>2}/{cfg.epochs} | batch {i:,} of {len(order):,}", flush=True)
-        seconds = time.perf_counter() - began
-        predicted, dev_loss = predict(decoder, head, dev, cfg, dtype)
-        f1 = dev.score(predicted)["f1"]
-        if not torch.isfinite(total):
-            raise UserError(f"the loss is not finite in epoch {epoch} of seed {seed}: lower lr = {cfg.lr:g}")
-        print(f"seed {seed} | epoch {epoch:>2}/{cfg.epochs} | loss {total / len(order):.4f} | dev loss {dev_loss:.4f} F1 {f1:.4f} | "
-              f"{seconds:.1f} s, {len(train.tags) / seconds:,.0f} words/s, {padding(order):.0%} padding", flush=True)
-        scores = {"loss": total.item() / len(order), "dev_loss": dev_loss, "dev_f1": f1}
-        log({"step": step} | {f"ner/seed{seed}/{name}": score for name, score in scores.items()})
-        if best is None or (f1, -dev_loss) > best[:2]:  # while no span is right yet, the loss tells
-            best = f1, -dev_loss, epoch, {name: p.detach().to("cpu", copy=True) for name, p in trained.state_dict().items()}
-        elif epoch - best[2] >= cfg.patience:
-            break
-    trained.load_state_dict(best[3])
-    return head, best[2], best[0]
-
-
-def table(results):
-    """A Markdown table of {test: [result of each seed]}: percent, the mean over seeds with the sample standard deviation."""
-    def cell(values):
-        spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-        return f"{100 * statistics.mean(values):.1f}{spread}"
-
-    rows = [["test", "precision", "recall", "F1", *(f"F1 {kind}" for kind in TYPES), "spans"]]
-    for test, found in results.items():
-        scores = [[result[key] for result in found] for key in ("precision", "recall", "f1")]
-        scores += [[result["per_type"][kind]["f1"] for result in found] for kind in TYPES]
-        rows.append([test, *map(cell, scores), str(sum(found[0]["per_type"][kind]["support"] for kind in TYPES))])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    rows.insert(1, ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]])
-    return "\n".join("| " + " | ".join(text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths))) + " |"
-                     for row in rows)
+        words = word_numbers(batch)
+        scores = logits(decoder, head, treebank, batch, cfg, dtype).float().cpu()
+        predicted[words] = scores.argmax(-1)
+        total_loss += F.cross_entropy(scores, treebank.tags[words], reduction="sum").item()
+    return predicted, total_loss / max(len(predicted), 1)
 
 
 def majority(train, test):
-    """For each word of a test treebank the tag that it has most often in the training sentences, O where it is not there (W,)."""
+    """The most frequent tag (W,) of each test word in the training sentences; O for a word not among them."""
     counts = defaultdict(Counter)
     for words, tags in train.sentences:
         for word, tag in zip(words, tags):
             counts[word][tag] += 1
-    likeliest = {word: TAGS.index(count.most_common(1)[0][0]) for word, count in counts.items()}
-    return torch.tensor([likeliest.get(word, 0) for words, _ in test.sentences for word in words])
+    most_frequent = {word: TAGS.index(count.most_common(1)[0][0]) for word, count in counts.items()}
+    outside = TAGS.index("O")
+    return torch.tensor([most_frequent.get(word, outside) for words, _ in test.sentences for word in words])
+
+
+# ---- fine-tuning ----
+
+
+def new_head(width, generator):
+    """A linear head (width, 7) with weights from N(0, 0.02^2) and biases 0."""
+    head = nn.Linear(width, len(TAGS))
+    nn.init.normal_(head.weight, std=0.02, generator=generator)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def fine_tune(decoder, train, dev, cfg, seed, dtype, log):
+    """Trains a new linear head and, with --mode=full, the backbone: (head, best epoch, its dev F1).
+
+    Head and backbone (in place) end up with the weights of the epoch that is best on `dev`. After each epoch,
+    log(line) gets a dict of metrics.
+    """
+    device = decoder.lm_head.weight.device
+    generator = torch.Generator().manual_seed(seed)
+    head = new_head(decoder.cfg.d_model, generator).to(device)
+    trained = nn.ModuleList([head] if cfg.mode == "head" else [head, decoder.model])
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True)
+    total_steps = cfg.epochs * math.ceil(len(train.windows) / cfg.batch_size)
+
+    def update(batch, step):
+        targets = train.tags[word_numbers(batch)].to(device)
+        loss = F.cross_entropy(logits(decoder, head, train, batch, cfg, dtype), targets)
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * (1 - step / total_steps)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    step, best_epoch, best_weights = 0, 0, None
+    best_score = (-1.0, 0.0)  # (dev F1, minus the dev loss): the loss decides while no span is correct yet
+    for epoch in range(1, cfg.epochs + 1):
+        progress = f"seed {seed} | epoch {epoch:>2}/{cfg.epochs}"
+        start = last_print = time.perf_counter()
+        order = batches(train.windows, cfg.batch_size, generator)
+        total_loss = torch.zeros((), device=device)  # read once per epoch, since reading waits for the device
+        for i, batch in enumerate(order, 1):
+            total_loss += update(batch, step)
+            step += 1
+            if time.perf_counter() - last_print > 20:
+                last_print = time.perf_counter()
+                print(f"{progress} | batch {i:,} of {len(order):,}", flush=True)
+        loss = total_loss.item() / len(order)
+        seconds = time.perf_counter() - start
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is not finite in epoch {epoch} of seed {seed}: lower lr = {cfg.lr:g}")
+
+        predicted, dev_loss = predict(decoder, head, dev, cfg, dtype)
+        dev_f1 = dev.score(predicted)["f1"]
+        speed = f"{seconds:.1f} s, {len(train.tags) / seconds:,.0f} words/s, {padding(order):.0%} padding"
+        print(f"{progress} | loss {loss:.4f} | dev loss {dev_loss:.4f} F1 {dev_f1:.4f} | {speed}", flush=True)
+        metrics = {"loss": loss, "dev_loss": dev_loss, "dev_f1": dev_f1}
+        log({"step": step} | {f"ner/seed{seed}/{name}": value for name, value in metrics.items()})
+
+        if (dev_f1, -dev_loss) > best_score:
+            best_score, best_epoch = (dev_f1, -dev_loss), epoch
+            best_weights = {name: p.detach().to("cpu", copy=True) for name, p in trained.state_dict().items()}
+        elif epoch - best_epoch >= cfg.patience:
+            break
+    trained.load_state_dict(best_weights)
+    return head, best_epoch, best_score[0]
+
+
+def train_tagger(decoder, train, dev, cfg, seed, dtype, log):
+    """(tag, {"epoch", "dev_f1"}): what --mode trains; tag(treebank) predicts the tags (W,) of its words."""
+    if cfg.mode == "majority":
+        return partial(majority, train), {}
+    head, epoch, dev_f1 = fine_tune(decoder, train, dev, cfg, seed, dtype, log)
+
+    def tag(treebank):
+        return predict(decoder, head, treebank, cfg, dtype)[0]
+
+    return tag, {"epoch": epoch, "dev_f1": dev_f1}
+
+
+# ---- results ----
+
+
+def table(results):
+    """{test: [result of each seed]} as a Markdown table: percent, mean ± sample standard deviation."""
+    def cell(values):
+        spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+        return f"{100 * statistics.mean(values):.1f}{spread}"
+
+    rows = [["test", "precision", "recall", "F1", *(f"F1 {name}" for name in TYPES), "spans"]]
+    for test, lines in results.items():
+        overall = [cell([line[key] for line in lines]) for key in ("precision", "recall", "f1")]
+        per_type = [cell([line["per_type"][name]["f1"] for line in lines]) for name in TYPES]
+        support = sum(lines[0]["per_type"][name]["support"] for name in TYPES)
+        rows.append([test, *overall, *per_type, str(support)])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    texts = []
+    for first, *others in rows:
+        cells = [first.ljust(widths[0]), *(text.rjust(width) for text, width in zip(others, widths[1:]))]
+        texts.append(f"| {' | '.join(cells)} |")
+    return "\n".join(texts)
+
+
+def title(cfg):
+    shots = f" ({cfg.shots} sentences)" if cfg.shots else ""
+    seeds = f", mean ± standard deviation of {cfg.seeds} seeds" if cfg.seeds > 1 else ""
+    return f"span F1 in percent, {cfg.mode}, trained on {cfg.train}{shots}{seeds}"
+
+
+# ---- the script ----
+
+
+def load_settings(argv):
+    paths, rest = config.operands(argv)
+    cfg = config.load(Config, rest + [f"--checkpoint={path}" for path in paths[:1]], __doc__)
+    received = f"{len(paths)} ({', '.join(paths)})" if paths else "none"
+    require(
+        cfg.checkpoint and len(paths) <= 1,
+        f"name one checkpoint or one run's folder, for instance out/demo; got {received}",
+    )
+    return cfg
+
+
+def load_checkpoint(source):
+    """(path of the file, step, weights, decoder) of a checkpoint file, or of a run's newest one."""
+    state, path = checkpoint.load(source), Path(source)
+    if path.is_dir():
+        path = path / f"ckpt_{state['step']:06d}.pt"
+    return path, state["step"], state["model"], checkpoint.load_model(state)
+
+
+def load_tokenizer(folder, vocab_size):
+    tokenizer = data.load_tokenizer(folder)
+    require(
+        tokenizer.n_vocab <= vocab_size,
+        f"the tokenizer of {folder} has {tokenizer.n_vocab} ids, the model {vocab_size}: "
+        "put the run's tokenizer.json beside the checkpoint",
+    )
+    return tokenizer
+
+
+def check_writable(path):
+    try:
+        open(path, "a").close()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+def print_header(path, decoder, device, dtype, train_names, train, dev, tests):
+    n_parameters = sum(p.numel() for p in decoder.parameters())
+    n_words = sum(len(words) for words, _ in train)
+    print(f"model     {path}: {n_parameters:,} parameters; {device}, {str(dtype).removeprefix('torch.')}")
+    print(
+        f"data      train {train_names}: {len(train):,} sentences, {n_words:,} words; "
+        f"dev {len(dev):,} sentences; test {', '.join(tests)}",
+        flush=True,
+    )
 
 
 def main(argv):
-    given = [arg for arg in argv if not arg.startswith("-") and not arg.endswith(".py")]
-    cfg = config.load(Config, [arg for arg in argv if arg not in given] + [f"--checkpoint={arg}" for arg in given[:1]], __doc__)
-    if len(given) > 1 or not cfg.checkpoint:
-        raise UserError(f"name one checkpoint or one run's folder, for instance out/demo; got {len(given)}: {' '.join(given) or '-'}")
-    state, source = checkpoint.load(cfg.checkpoint), Path(cfg.checkpoint)
-    if source.is_dir():
-        source = source / f"ckpt_{state['step']:06d}.pt"
-    step, start = state["step"], state["model"]
-    device, dtype = pick_device(cfg)
-    tokenizer, decoder = data.load_tokenizer(source.parent), checkpoint.load_model(state).to(device)
-    if tokenizer.n_vocab > decoder.cfg.vocab_size:
-        raise UserError(f"the tokenizer of {source.parent} has {tokenizer.n_vocab} ids, the model {decoder.cfg.vocab_size}: put the "
-                        "tokenizer.json of the run beside the checkpoint")
-    del state  # holds the optimizer's two copies of the model
-    results_path = source.with_name("ner.jsonl")
-    try:
-        open(results_path, "a").close()
-    except OSError as error:
-        raise UserError(f"cannot write {results_path}: {error.strerror}") from None
+    cfg = load_settings(argv)
+    device, dtype = pick_device(cfg.device, cfg.dtype)
+    path, step, weights, decoder = load_checkpoint(cfg.checkpoint)
+    decoder.to(device)
+    tokenizer = load_tokenizer(path.parent, decoder.cfg.vocab_size)
+    results_path = path.with_name("ner.jsonl")
+    check_writable(results_path)
+    train, dev, tests = choose_sentences(cfg)
+    print_header(path, decoder, device, dtype, cfg.train, train, dev, tests)
 
-    # Sentences to train on, to choose the epoch by, and to score
-    train_paths, test_paths = resolve(cfg.train, "train", cfg.data), resolve(cfg.test, "test", cfg.data)
-    train, dev, dev_paths = [], [], []
-    for name, path in train_paths.items():
-        found, (treebank, _, split) = read_iob2(path), name.partition(":")
-        if split in ("", "train") and (treebank in REPOSITORIES or path.with_name(f"{treebank}-ud-dev.iob2").exists()):
-            dev_paths.append(find(treebank, "dev", cfg.data))
-            dev += read_iob2(dev_paths[-1])
-        else:  # every tenth sentence chooses the epoch instead
-            dev, found = dev + found[9::10], [sentence for i, sentence in enumerate(found) if i % 10 != 9]
-        train += found
-    uses = Counter([*train_paths.values(), *dev_paths, *test_paths.values()])
-    if twice := [path.name for path, n in uses.items() if n > 1]:
-        raise UserError(f"{', '.join(twice)} would be used twice, of training, choosing the epoch and scoring: change --train or --test")
-    if cfg.shots > len(train):
-        raise UserError(f"shots = {cfg.shots} sentences were asked for, {cfg.train} has {len(train)}")
-
-    def prepare(sentences, name):
+    def prepare(sentences):
         treebank = Treebank(sentences, tokenizer, decoder.cfg.context, cfg.label)
-        if not sentences:
-            raise UserError(f"there is no sentence {name}: see the files in {cfg.data}" + " (every tenth is held out)" * (not dev_paths))
         if cfg.mode == "head":
-            freeze(decoder, treebank, cfg, dtype)
+            cache_features(decoder, treebank, cfg, dtype)
         return treebank
 
-    print(f"model     {source}: {sum(p.numel() for p in decoder.parameters()):,} parameters; {device}, {str(dtype).removeprefix('torch.')}")
-    print(f"data      train {cfg.train}: {len(train):,} sentences, {sum(len(words) for words, _ in train):,} words; "
-          f"dev {len(dev):,} sentences; test {', '.join(test_paths)}", flush=True)
-    began = time.perf_counter()
-    tests = {name: prepare(read_iob2(path), f"of {name} to score") for name, path in test_paths.items()}
-    dev, everything = prepare(dev, "to choose the epoch by"), None if cfg.shots else prepare(train, "to train on")
+    start = time.perf_counter()
+    tests = {name: prepare(sentences) for name, sentences in tests.items()}
+    dev = prepare(dev)
+    all_train = None if cfg.shots else prepare(train)
     if cfg.mode == "head":
-        print(f"features  of all words, computed once: {time.perf_counter() - began:.1f} s", flush=True)
+        print(f"features  of all words, computed once: {time.perf_counter() - start:.1f} s", flush=True)
 
-    log_wandb, finish_wandb = start_wandb(cfg, f"{source.parent.name}-ner-{cfg.mode}-{cfg.train}", source.parent)
+    send, finish = start_wandb(cfg, f"{path.parent.name}-ner-{cfg.mode}-{cfg.train}", path.parent)
+    run = {"checkpoint": str(path), "step": step, "mode": cfg.mode, "train": cfg.train.replace(" ", "")}
+    settings = {key: getattr(cfg, key) for key in SETTINGS}
     results = defaultdict(list)
     for seed in range(1, cfg.seeds + 1):
-        chosen = everything
-        if cfg.shots:
-            order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:cfg.shots].tolist()
-            chosen = prepare([train[i] for i in order], "to train on")
-        trained = {}
-        if cfg.mode != "majority":
-            decoder.load_state_dict(start)
-            head, epoch, dev_f1 = fine_tune(decoder, chosen, dev, cfg, seed, dtype, log_wandb)
-            trained = {"epoch": epoch, "dev_f1": dev_f1}
+        seed_train = prepare(draw_shots(train, cfg.shots, seed)) if cfg.shots else all_train
+        decoder.load_state_dict(weights)  # an earlier seed may have trained it
+        tag, training = train_tagger(decoder, seed_train, dev, cfg, seed, dtype, send)
         for name, test in tests.items():
-            predicted = majority(chosen, test) if cfg.mode == "majority" else predict(decoder, head, test, cfg, dtype)[0]
-            settings = {key: getattr(cfg, key) for key in ("shots", "label", "bidirectional", "lr", "epochs", "patience", "batch_size")}
-            result = {"checkpoint": str(source), "step": step, "mode": cfg.mode, "train": cfg.train.replace(" ", ""), "test": name,
-                      "seed": seed, **test.score(predicted), **trained, "sentences": len(chosen.sentences), "words": len(predicted),
-                      **settings}
+            scores = test.score(tag(test))
+            sizes = {"sentences": len(seed_train.sentences), "words": len(test.tags)}
+            result = run | {"test": name, "seed": seed} | scores | training | sizes | settings
             results[name].append(result)
-            with open(results_path, "a") as file:
-                file.write(json.dumps(result) + "\n")
-            log_wandb({f"ner/seed{seed}/{name}/{key}": result[key] for key in ("f1", "precision", "recall")} | {"step": 0})
-    print(f"\nspan F1 in percent, {cfg.mode}, trained on {cfg.train}" + (f" ({cfg.shots} sentences)" if cfg.shots else "") +
-          (f", mean ± standard deviation of {cfg.seeds} seeds" if cfg.seeds > 1 else "") + f"\n\n{table(results)}\n")
-    print(f"files     {results_path}", flush=True)
-    finish_wandb()
+            logs.append(results_path, result)
+            totals = {f"ner/seed{seed}/{name}/{key}": scores[key] for key in ("f1", "precision", "recall")}
+            send({"step": 0} | totals)
+    print(f"\n{title(cfg)}\n\n{table(results)}\n\nfiles     {results_path}", flush=True)
+    finish()
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    config.run(main)

@@ -1,7 +1,13 @@
-"""A LLaMA decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU (Touvron et al. 2023, arXiv 2302.13971).
+"""A LLaMA decoder (Touvron et al. 2023, arXiv 2302.13971): RMSNorm, rotary positions, grouped-query
+attention, SwiGLU.
 
-Parameter names and the rotary layout are those of Hugging Face's LlamaForCausalLM, so a state dict goes over as it is.
-Shapes: B batch, T positions, D model width, H heads, G key-value heads, C channels of a head, V vocabulary.
+    decoder = Decoder(ModelConfig(d_model=96), torch.Generator().manual_seed(1))
+    logits, loss = decoder(ids), decoder(ids, targets)        # ids (B, T) -> (B, T, V), or a scalar
+
+Parameter names and the rotary layout are those of Hugging Face's LlamaForCausalLM, so a state dict loads
+there as it is. A change of the architecture goes here; FLOPs are counted from the shapes of the matrices.
+Shapes: B batch, T positions, D model width, H heads, G key-value heads, C channels of a head, V
+vocabulary.
 """
 import math
 from dataclasses import dataclass
@@ -10,7 +16,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from config import UserError
+import config
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -27,19 +34,22 @@ class ModelConfig:
     def __post_init__(self):
         if self.d_hidden == 0:
             object.__setattr__(self, "d_hidden", 4 * self.d_model)
-        for key in ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_hidden", "vocab_size", "context"):
-            if getattr(self, key) < 1:
-                raise UserError(f"{key} must be at least 1, got {getattr(self, key)}")
-        if self.d_model % (2 * self.n_heads):
-            raise UserError(f"d_model = {self.d_model} must be an even multiple of n_heads = {self.n_heads} (rotation pairs channels)")
-        if self.n_heads % self.n_kv_heads:
-            raise UserError(f"n_heads = {self.n_heads} must be a multiple of n_kv_heads = {self.n_kv_heads}")
-        if self.rope_theta <= 0 or self.norm_eps <= 0:
-            raise UserError(f"rope_theta = {self.rope_theta} and norm_eps = {self.norm_eps} must be positive")
+        config.require_at_least(self, 1, "d_model", "n_layers", "n_heads", "n_kv_heads", "d_hidden",
+                                "vocab_size",
+                                "context")
+        config.require_positive(self, "rope_theta", "norm_eps")
+        config.require(self.d_model % (2 * self.n_heads) == 0,
+                       f"d_model = {self.d_model} must be an even multiple of n_heads = {self.n_heads} "
+                       "(rotation pairs channels)")
+        config.require(self.n_heads % self.n_kv_heads == 0,
+                       f"n_heads = {self.n_heads} must be a multiple of n_kv_heads = {self.n_kv_heads}")
 
 
 def rotate(x, cos, sin):
-    """Rotary positions (Su et al. 2021, arXiv 2104.09864), channel c paired with c + C/2: x (B, heads, T, C), cos and sin (T, C)."""
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864) of x (B, heads, T, C); cos and sin are (T, C).
+
+    Channel c is paired with c + C / 2, as in Hugging Face's Llama; the paper pairs neighbours.
+    """
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
@@ -62,7 +72,8 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, visible=None, last=False):
         q, k, v = self.qkv(x, cos, sin, last)
         causal = visible is None and not last  # the last position sees all
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal, enable_gqa=True)  # (B, H, T or 1, C)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal, enable_gqa=True)
+        # (B, H, T or 1, C)
         return self.o_proj(y.transpose(1, 2).flatten(-2))  # (B, T or 1, D)
 
 
@@ -99,8 +110,10 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.n_layers))
         self.norm = nn.RMSNorm(cfg.d_model, cfg.norm_eps)
         channels = cfg.d_model // cfg.n_heads
-        frequency = cfg.rope_theta ** -(torch.arange(0, channels, 2, dtype=torch.float64) / channels)  # (C / 2,)
-        angle = torch.outer(torch.arange(cfg.context, dtype=torch.float64), frequency).repeat(1, 2)  # (context, C)
+        pairs = torch.arange(0, channels, 2, dtype=torch.float64)
+        frequency = cfg.rope_theta ** -(pairs / channels)  # (C / 2,)
+        positions = torch.arange(cfg.context, dtype=torch.float64)
+        angle = torch.outer(positions, frequency).repeat(1, 2)  # (context, C)
         self.register_buffer("cos", angle.cos().float(), persistent=False)
         self.register_buffer("sin", angle.sin().float(), persistent=False)
 
@@ -111,9 +124,11 @@ class Backbone(nn.Module):
         return self.cos[:T], self.sin[:T]
 
     def forward(self, ids, visible=None, last=False):
-        """visible (B, T) bool turns the causal mask off: every position then attends to all that are True (the rest is padding).
+        """ids (B, T) -> (B, T, D).
 
-        last: only the last position's features, (B, 1, D). The top layer then leaves out what only the other positions would need.
+        visible (B, T) bool turns the causal mask off: every position attends to all that are True, the
+        rest is padding. last: only the last position's features, (B, 1, D); the top layer computes
+        nothing else.
         """
         rope = self.positions(ids.shape[1])
         x = self.embed_tokens(ids)  # (B, T, D)
@@ -125,36 +140,44 @@ class Backbone(nn.Module):
 
 
 def softmax_loss(logits, target, dtype):
-    """Logits (n, V) and targets (n,) -> (summed cross-entropy, its gradient by the logits: softmax minus one-hot).
+    """Logits (n, V), targets (n,) -> (summed cross-entropy, its gradient: softmax - one-hot).
 
-    The gradient is in `dtype`, what lies between in float32 at least; the logits may be overwritten.
+    The gradient is in `dtype`, everything in between in float32 at least; the logits may be overwritten.
     """
     x = logits.to(torch.promote_types(dtype, torch.float32))
-    right, top = x.gather(1, target[:, None]), x.amax(1, keepdim=True)  # (n, 1)
-    p, right = x.sub_(top).exp_(), right - top
+    target_logit, largest = x.gather(1, target[:, None]), x.amax(1, keepdim=True)  # (n, 1)
+    p, target_logit = x.sub_(largest).exp_(), target_logit - largest
     norm = p.sum(1, keepdim=True)
-    loss = (norm.log() - right).sum()
-    return loss, p.div_(norm).to(dtype).scatter_(1, target[:, None], (right.exp() / norm - 1).to(dtype))
+    loss = (norm.log() - target_logit).sum()
+    grad = p.div_(norm).to(dtype)
+    return loss, grad.scatter_(1, target[:, None], (target_logit.exp() / norm - 1).to(dtype))
 
 
 class OutputLoss(torch.autograd.Function):
-    """Mean cross-entropy of x W^T (x (n, D), W (V, D), targets (n,)), the logits of `rows` positions at a time: (n, V) is never held.
+    """Mean cross-entropy of x W^T, x (n, D), W (V, D), targets (n,), without holding the logits (n, V).
 
-    The gradients are made in the forward pass, while the logits are there, so nothing is computed twice. Matrix products are in
-    `dtype`; `softmax_loss` may be compiled. (F.linear_cross_entropy, chunked, is as fast; it stays in float32 under autocast.)
+    They are computed for `rows` positions at a time, and the gradients with them in the forward pass, so
+    nothing is computed twice. Matrix products are in `dtype`; `softmax_loss` may be compiled.
+    (F.linear_cross_entropy, chunked, is as fast but stays in float32 under autocast.)
     """
 
     @staticmethod
     def forward(ctx, x, weight, targets, dtype, rows, with_grad, softmax_loss):
-        w, total = weight.to(dtype), x.new_zeros((), dtype=torch.promote_types(dtype, torch.float32))
+        w = weight.to(dtype)
+        total = x.new_zeros((), dtype=torch.promote_types(dtype, torch.float32))
         grad_x, grad_w = (torch.empty_like(x), torch.zeros_like(weight)) if with_grad else (x, weight)
-        logits = w.new_empty(min(rows, len(x)), len(w))  # one for all parts: pages new to the process are slow on a CPU
+        # One buffer for the logits of all parts: on a CPU, pages that are new to the process are slow.
+        logits = w.new_empty(min(rows, len(x)), len(w))
         for part, target, grad in zip(x.to(dtype).split(rows), targets.split(rows), grad_x.split(rows)):
-            loss, slope = softmax_loss(torch.mm(part, w.mT, out=logits[:len(part)]), target, dtype)  # (), (rows, V)
+            torch.mm(part, w.mT, out=logits[:len(part)])
+            loss, grad_logits = softmax_loss(logits[:len(part)], target, dtype)  # (), (rows, V)
             total += loss
             if with_grad:
-                grad.copy_(slope @ w)
-                grad_w.addmm_(slope.mT, part) if dtype == grad_w.dtype else grad_w.add_(slope.mT @ part)
+                grad.copy_(grad_logits @ w)
+                if dtype == grad_w.dtype:
+                    grad_w.addmm_(grad_logits.mT, part)
+                else:
+                    grad_w.add_(grad_logits.mT @ part)
         ctx.save_for_backward(grad_x, grad_w)
         return total / len(x)
 
@@ -167,7 +190,7 @@ class OutputLoss(torch.autograd.Function):
 
 
 class Decoder(nn.Module):
-    """The language model. `generator` draws the initial weights (None: the global generator)."""
+    """Backbone and output layer. `generator` draws the initial weights (None: the global one)."""
 
     def __init__(self, cfg, generator=None):
         super().__init__()
@@ -178,27 +201,29 @@ class Decoder(nn.Module):
         self.softmax_loss = softmax_loss
 
     def compile(self):
-        """torch.compile, in place, of what a step is made of: each layer (all share their graphs), and the softmax of the loss.
+        """torch.compile, in place: each layer (all share their graphs), and the softmax of the loss.
 
-        A graph of its own has each shape, with gradient or without, of plain parameters or adapted ones, of the top layer or another:
-        about ten for `adapt=all`, where by default the ninth and all after it would run uncompiled.
+        There is one graph for each shape, with gradient or without, for plain parameters or adapted ones,
+        for the top layer or another: about ten with `adapt=all`. By default dynamo would run the ninth
+        uncompiled.
         """
-        torch._dynamo.config.optimize_ddp = False  # would cut layers in two where DDP's buckets end; layers are the cuts here
+        torch._dynamo.config.optimize_ddp = False  # it would split layers where DDP's gradient buckets end
         for layer in self.model.layers:
             layer.compile(dynamic=False, recompile_limit=64)
         self.softmax_loss = torch.compile(softmax_loss, dynamic=False, recompile_limit=64)
 
     def init_weights(self, generator=None):
-        """Normal(0, 0.02), and 0.02 / sqrt(2 L) where a layer writes to the residual stream, as GPT-2; norms at 1."""
+        """As GPT-2: normal(0, 0.02), 0.02 / sqrt(2 L) for what writes to the residual stream; norms 1."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
                 nn.init.ones_(parameter)
             else:
                 writes = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.cfg.n_layers) if writes else 0.02, generator=generator)
+                std = 0.02 / math.sqrt(2 * self.cfg.n_layers) if writes else 0.02
+                nn.init.normal_(parameter, std=std, generator=generator)
 
     def hidden(self, ids, visible=None, last=False):
-        """ids (B, T) -> features before the output layer (B, T, D), or (B, 1, D); visible and last as in `Backbone`."""
+        """ids (B, T) -> features before the output layer (B, T, D); visible and last as in `Backbone`."""
         return self.model(ids, visible, last)
 
     def forward(self, ids, targets=None):
@@ -210,27 +235,32 @@ class Decoder(nn.Module):
         """Features x (B, T, D) and targets (B, T) -> mean cross-entropy in nats."""
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        rows = 4096 if kind == "cuda" else 512  # more: fewer passes over the weight's gradient; fewer: less memory
-        softmax = softmax_loss if dtype == torch.float32 else self.softmax_loss  # compiled, it would copy float32 logits back and forth
-        return OutputLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), dtype, rows, torch.is_grad_enabled(), softmax)
+        # More rows: fewer passes over the weight's gradient. Fewer: less memory.
+        rows = 4096 if kind == "cuda" else 512
+        # Compiled, it would copy float32 logits back and forth.
+        softmax = softmax_loss if dtype == torch.float32 else self.softmax_loss
+        return OutputLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), dtype, rows,
+                                torch.is_grad_enabled(), softmax)
 
     def flops(self, T, last=False):
-        """Multiply-adds x 2 of the forward pass of T tokens: (below the output layer, in the output layer); last as in `Backbone`.
+        """FLOPs of the forward pass of T tokens: (below the output layer, in it); last as in `Backbone`.
 
-        Counted as is usual for MFU (Chowdhery et al. 2022, arXiv 2204.02311, appendix B): the embedding is a look-up, and
-        attention scores count in full though half of them are masked. A backward pass costs twice the forward.
+        Counted as is usual for MFU (Chowdhery et al. 2022, arXiv 2204.02311, appendix B): the embedding
+        is a look-up, and attention scores count in full though half of them are masked. Backward costs
+        twice forward.
         """
         layer = self.model.layers[0]
         matrices = sum(p.numel() for p in layer.parameters() if p.dim() == 2)
         keys = layer.self_attn.k_proj.weight.numel() + layer.self_attn.v_proj.weight.numel()
         scores = 4 * self.cfg.d_model * T  # of one position
-        whole = T * (2 * matrices + scores)
-        top = 2 * T * keys + 2 * (matrices - keys) + scores if last else whole  # keys and values of all positions, the rest of one
-        return (self.cfg.n_layers - 1) * whole + top, 2 * T * self.lm_head.weight.numel()
+        layer_flops = T * (2 * matrices + scores)
+        # last: the top layer needs keys and values of all positions, the rest of one alone.
+        top_flops = 2 * T * keys + 2 * (matrices - keys) + scores if last else layer_flops
+        return (self.cfg.n_layers - 1) * layer_flops + top_flops, 2 * T * self.lm_head.weight.numel()
 
     @torch.no_grad()
     def generate(self, ids, n, temperature=1.0, top_k=None, generator=None):
-        """ids (B, T) and n sampled tokens after them (B, T + n). temperature 0 takes the likeliest."""
+        """ids (B, T) followed by n sampled tokens, (B, T + n). temperature 0: always the likeliest token."""
         for _ in range(n):
             logits = self.lm_head(self.hidden(ids[:, -self.cfg.context:], last=True)[:, 0]).float()  # (B, V)
             if temperature == 0:

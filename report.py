@@ -1,72 +1,92 @@
-"""What did meta-learning buy? Compares finished runs: tables in Markdown and a figure.
+"""Compares finished runs, for instance hybrid with vanilla ones: tables in Markdown and a figure.
 
-    python report.py out/hybrid out/vanilla                          # two arms of one run each; the second is the baseline
-    python report.py out/hybrid-1,out/hybrid-2 out/vanilla-1,out/vanilla-2 --out=out/report     # several runs (seeds) an arm
-    python report.py out/demo                                        # one arm: its curves and their phases
+    python report.py out/demo                         # one run: its curves and their phases
+    python report.py out/hybrid out/vanilla           # two groups of one run each; the second is the baseline
+    python report.py out/hybrid out/vanilla --brief   # the figure in one row, for a README or a slide
+    python report.py out/hybrid-1,out/hybrid-2 out/vanilla-1,out/vanilla-2 --out=out/seeds  # two runs a group
 
-Writes OUT.md and OUT.png. Reads log.jsonl of each run, and where they are there config.json, probes.jsonl and ner.jsonl.
-Two arms with runs of the same seeds are compared pair by pair: such runs have the same initial weights and the same text.
+Writes OUT.md and OUT.png. Reads each run's log.jsonl and, if present, config.json, probes.jsonl, ner.jsonl.
+Groups with runs of the same seeds are compared pair by pair: such runs start from the same weights and read
+the same text. A metric of probes.jsonl named <what>/<layer> or <what>/<layer>/<head> is a curve: it gets a
+panel in the figure and rows in the table of phases. For another evaluation, add a function to SECTIONS.
 """
 import json
 import math
 import re
 import statistics
-import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 import config
-from config import UserError
-from probes import phase
+from config import UserError, require
 
 AXES = {"step": "updates", "tokens": "LM tokens", "flops": "FLOPs", "seconds": "seconds of training"}
-CURVES = {"rank/resid": "rank, residual stream", "entropy": "attention entropy", "rank/v_proj": "rank, v_proj",
-          "rank/o_proj": "rank, o_proj", "rank/down_proj": "rank, down_proj", "rank/grad_v_proj": "rank, gradient of v_proj",
-          "rank/grad_o_proj": "rank, gradient of o_proj", "rank/grad_down_proj": "rank, gradient of down_proj"}
-COLORS = ("#c0392b", "#2c6fbb")  # of the arms
-MARKS = {"start": "v", "peak": "^", "settled": "s"}  # of a rise and fall
-# Two results that agree in these can be compared.
-NER_KEY = ("mode", "train", "test", "shots", "label", "bidirectional", "lr", "epochs", "patience", "batch_size", "sentences")
-BOTH = "diversify-then-compress"
+ACCURACIES = {  # metric: label, line style
+    "meta/query_acc": ("query accuracy, adapted", "-"),
+    "meta/query_acc_unadapted": ("query accuracy, unadapted", "--"),
+}
+LABELS = {  # of the curves that train.py writes, in the order in which they are shown
+    "rank/resid": "effective rank, residual stream",
+    "entropy": "attention entropy",
+    "rank/v_proj": "effective rank, v_proj",
+    "rank/o_proj": "effective rank, o_proj",
+    "rank/down_proj": "effective rank, down_proj",
+    "rank/grad_v_proj": "effective rank, gradient of v_proj",
+    "rank/grad_o_proj": "effective rank, gradient of o_proj",
+    "rank/grad_down_proj": "effective rank, gradient of down_proj",
+}
+NOT_SHOWN = ("entropy_nats",)  # `entropy` in another unit
+# Two NER results that agree in these can be compared.
+NER_KEY = ("mode", "train", "test", "shots", "label", "bidirectional", "lr", "epochs", "patience",
+           "batch_size", "sentences")
+RISE_AND_FALL = "diversify-then-compress"
+MIN_POINTS = 8  # that a curve needs for its phases
 
 
 @dataclass(frozen=True)
 class Config:
     out: str = "report"  # path of the report without its ending; OUT.md and OUT.png are written
+    brief: bool = False  # True: the figure is one row of at most three panels
 
 
 # ---- reading runs ----
 
 
 def read_jsonl(path, *keys):
-    """The lines of a .jsonl file without their non-finite numbers, [] where there is none. A torn last line (the run goes on) is
-    passed over; UserError names another one that is no JSON or lacks one of `keys`."""
-    found = []
+    """The lines of a .jsonl file as dicts, without non-finite numbers; [] if there is no such file.
+
+    A torn last line, of a run that is still going, is skipped. UserError names any other line that is not
+    JSON or lacks one of `keys`.
+    """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        texts = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
-    for number, text in enumerate(lines, 1):
+    lines = []
+    for number, text in enumerate(texts, 1):
         try:
             line = json.loads(text)
             if not all(key in line for key in keys):
                 raise ValueError
-            found.append({key: value for key, value in line.items() if not isinstance(value, float) or math.isfinite(value)})
+            lines.append({k: v for k, v in line.items() if not isinstance(v, float) or math.isfinite(v)})
         except (ValueError, TypeError, AttributeError):
-            if number < len(lines):
-                raise UserError(f"{path}, line {number}: expected JSON with {', '.join(keys)}, got {text[:80]!r}") from None
-    return found
+            if number < len(texts):
+                expected = f"expected JSON with {', '.join(keys)}"
+                raise UserError(f"{path}, line {number}: {expected}, got {text[:80]!r}") from None
+    return lines
 
 
 def read_run(folder):
-    """{"path", "seed" (None: unknown), "log", "probes", "ner"} of a run's folder."""
+    """{"path", "seed" (None if unknown), "log", "probes", "ner"} of a run's folder."""
     folder = Path(folder)
     log = read_jsonl(folder / "log.jsonl", "step")
-    if not any("val/loss" in line for line in log):
-        raise UserError(f"{folder} holds no run with a validation loss in log.jsonl: name a folder that train.py wrote to")
+    require(any("val/loss" in line for line in log),
+            f"{folder} holds no run with a validation loss in log.jsonl: "
+            "name a folder that train.py wrote to")
     try:
         seed = json.loads((folder / "config.json").read_text())["seed"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -76,74 +96,105 @@ def read_run(folder):
 
 
 def curve(run, key):
-    """The lines of a run's log that have `key`, as arrays: {"step", "tokens", "flops", "seconds" where all have them, and `key`}."""
+    """A metric of a run's log as arrays: {key: its values, and each of AXES that its lines have}."""
     lines = [line for line in run["log"] if key in line]
-    return {name: np.array([line[name] for line in lines], float) for name in (*AXES, key) if all(name in line for line in lines)}
+    present = [name for name in (*AXES, key) if all(name in line for line in lines)]
+    return {name: np.array([line[name] for line in lines], float) for name in present}
 
 
-def last(arms, key):
-    """[[the last value of `key` of each run that has it] of each arm]"""
-    return [[float(curve(run, key)[key][-1]) for run in runs if len(curve(run, key)[key])] for runs in arms]
+def last_values(groups, key):
+    """[[the last value of a metric in each run that has it] for each group]"""
+    curves = [[curve(run, key)[key] for run in runs] for runs in groups]
+    return [[float(values[-1]) for values in of_group if len(values)] for of_group in curves]
 
 
-def domain_keys(arms):
+def shared_axes(groups):
+    """The axes that the validation losses of all runs have. A run of episodes alone has no LM tokens."""
+    curves = [curve(run, "val/loss") for runs in groups for run in runs]
+    return [axis for axis in AXES if all(axis in c and c[axis].any() for c in curves)]
+
+
+def domain_keys(groups):
     """The metrics val/<domain> that all runs have."""
-    return sorted(set.intersection(*({key for line in run["log"] for key in line if re.fullmatch("val/(?!loss$).*", key)}
-                                     for runs in arms for run in runs)))
+    keys = [{key for line in run["log"] for key in line} for runs in groups for run in runs]
+    return sorted(key for key in set.intersection(*keys) if re.fullmatch("val/(?!loss$).*", key))
 
 
-def layer_curves(run, what):
-    """{layer: (steps, values)} of a curve of a run's probes.jsonl; of entropies the mean over the layer's heads."""
-    keys = defaultdict(list)
-    for key in dict.fromkeys(key for line in run["probes"] for key in line):
-        if key.startswith(what + "/"):
-            keys[key.removeprefix(what + "/").split("/")[0]].append(key)
-    found = {}
-    for layer in sorted(keys):
-        lines = [line for line in run["probes"] if all(key in line for key in keys[layer])]
-        if lines:
-            values = [np.mean([line[key] for key in keys[layer]]) for line in lines]
-            found[layer] = np.array([line["step"] for line in lines], float), np.array(values)
-    return found
+def layer_curves(runs):
+    """The curves of probes.jsonl: {kind: {layer: [(steps, values) of each run that has it]}}.
+
+    A metric is named <kind>/<layer> or <kind>/<layer>/<head>; the heads of a layer are averaged.
+    """
+    curves = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        metrics = defaultdict(list)  # (kind, layer): its metrics, one a head where there are heads
+        for key in dict.fromkeys(key for line in run["probes"] for key in line):
+            name = re.fullmatch(r"(.+?)/(\d\d+)(/\d+)?", key)
+            if name and name[1] not in NOT_SHOWN:
+                metrics[name[1], name[2]].append(key)
+        for (kind, layer), keys in metrics.items():
+            lines = [line for line in run["probes"] if all(key in line for key in keys)]
+            if lines:
+                steps = np.array([line["step"] for line in lines], float)
+                values = np.array([np.mean([line[key] for key in keys]) for line in lines])
+                curves[kind][layer].append((steps, values))
+    known = list(LABELS)
+    kinds = sorted(curves, key=lambda kind: (known.index(kind) if kind in known else len(known), kind))
+    return {kind: dict(sorted(curves[kind].items())) for kind in kinds}
 
 
-# ---- comparing ----
+def mean_curve(curves):
+    """(steps, mean) of [(steps, values), ...]: at the steps of the first, up to where the shortest ends."""
+    end = min(steps[-1] for steps, _ in curves)
+    steps = curves[0][0][curves[0][0] <= end]
+    return steps, np.mean([np.interp(steps, *c) for c in curves], axis=0)
 
 
-def in_pairs(arms):
-    """Whether the two arms hold runs of the same seeds."""
-    seeds = [[run["seed"] for run in runs] for runs in arms]
-    return seeds[0] == seeds[1] and None not in seeds[0] and len(set(seeds[0])) == len(seeds[0])  # `main` has sorted them
+# ---- comparing two groups ----
 
 
-def student(t, df):
-    """P(|T| > t) of Student's distribution: the integral of cos(x)^(df - 1) from atan(t / sqrt(df)) to pi / 2 over that from 0."""
-    angles = [np.linspace(start, math.pi / 2, 20001) for start in (math.atan2(abs(t), math.sqrt(df)), 0)]
+def in_pairs(groups):
+    """Whether there are two groups, of runs of the same seeds. (`read_groups` has sorted them.)"""
+    seeds = [[run["seed"] for run in runs] for runs in groups]
+    if len(groups) != 2 or seeds[0] != seeds[1] or None in seeds[0]:
+        return False
+    return len(set(seeds[0])) == len(seeds[0])
+
+
+def student_p(t, df):
+    """P(|T| > t) of Student's t-distribution with df degrees of freedom.
+
+    The integral of cos(x)^(df - 1) from atan(t / sqrt(df)) to pi / 2, divided by that from 0 to pi / 2.
+    """
+    starts = math.atan2(abs(t), math.sqrt(df)), 0
+    angles = [np.linspace(start, math.pi / 2, 20001) for start in starts]
     tail, whole = (np.trapezoid(np.cos(x) ** (df - 1), x) for x in angles)
     return float(tail / whole)
 
 
 def difference(a, b, paired):
-    """(mean(a) - mean(b), its standard error, the p-value of a t-test that it is 0): paired, or Welch's (1947).
+    """(mean(a) - mean(b), its standard error, p-value of a t-test that it is 0): paired, or Welch's (1947).
 
-    The last two are nan where an arm has fewer than two values.
+    The last two are nan if `a` or `b` has fewer than two values.
     """
     a, b = np.asarray(a, float), np.asarray(b, float)
-    d = a.mean() - b.mean()
+    delta = a.mean() - b.mean()
     if min(len(a), len(b)) < 2:
-        return d, math.nan, math.nan
+        return delta, math.nan, math.nan
     if paired:
         error, df = (a - b).std(ddof=1) / math.sqrt(len(a)), len(a) - 1
     else:
-        va, vb = a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)
-        error = math.sqrt(va + vb)
-        df = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1)) if error else 1
-    return d, error, student(d / error, df) if error else float(d == 0)
+        var_a, var_b = a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)
+        error = math.sqrt(var_a + var_b)
+        df = (var_a + var_b) ** 2 / (var_a**2 / (len(a) - 1) + var_b**2 / (len(b) - 1)) if error else 1
+    return delta, error, student_p(delta / error, df) if error else float(delta == 0)
 
 
 def reach(losses, x, level):
-    """Where a loss curve first falls to `level`, interpolated in log-loss between two evaluations; nan where it never does, or where
-    it was there at the first."""
+    """Where a loss curve first falls to `level`, interpolated in log-loss between two evaluations.
+
+    nan if it never does, or if it is there at the first evaluation.
+    """
     i = int(np.argmax(losses <= level))
     if losses[i] > level or i == 0:
         return math.nan
@@ -151,338 +202,662 @@ def reach(losses, x, level):
     return x[i - 1] + (x[i] - x[i - 1]) * (high - math.log(level)) / (high - low)
 
 
-def sooner(arms, n=41):
-    """(levels, {axis: (ratios, standard errors of their logs, p-value of the last)}): how much sooner the first arm reaches a loss.
+def shared_levels(curves, n):
+    """n losses that all validation curves reach, evenly spaced in log-loss; [] if there are none.
 
-    Ratios of geometric means over the runs of an arm, at losses that all runs reach, evenly spaced in log-loss. The first segment of a
-    curve, from the untrained model to the first evaluation after it, is left out: too much falls within it to interpolate.
+    The first segment of a curve, from the untrained model to the next evaluation, is left out: the loss falls
+    too far within it to interpolate.
     """
-    curves = [[curve(run, "val/loss") for run in runs] for runs in arms]
-    every = [c for cs in curves for c in cs]
-    if min(len(c["val/loss"]) for c in every) < 3:
-        return np.array([]), {}
-    high, low = min(c["val/loss"][:2].min() for c in every), max(c["val/loss"].min() for c in every)
+    if min(len(losses) for losses in curves) < 3:
+        return np.array([])
+    high, low = min(losses[:2].min() for losses in curves), max(losses.min() for losses in curves)
     if low >= high:
-        return np.array([]), {}
+        return np.array([])
     levels = np.exp(np.linspace(math.log(high), math.log(low), n))
-    levels[0], levels[-1] = high, low  # to the last bit, so that the curves that touch them reach them
-    found, good = {}, np.ones(n, bool)
-    for axis in AXES:
-        if all(axis in c and c[axis].any() for c in every):  # a run of episodes alone has no LM tokens
-            with np.errstate(divide="ignore"):
-                a, b = (np.log([[reach(c["val/loss"], c[axis], level) for level in levels] for c in cs]) for cs in curves)  # (runs, n)
-            compared = [difference(b[:, i], a[:, i], in_pairs(arms)) for i in range(n)]
-            found[axis] = np.exp([d for d, _, _ in compared]), np.array([error for _, error, _ in compared]), compared[-1][2]
-            good &= np.isfinite(found[axis][0])
-    return levels[good], {axis: (ratio[good], error[good], p) for axis, (ratio, error, p) in found.items()} if good.any() else {}
+    levels[0], levels[-1] = high, low  # exactly, since rounding could put them out of a curve's reach
+    return levels
 
 
-def ner_scores(arms):
-    """[(NER_KEY's values, [F1 in percent of each run] of each arm)] of what all arms were scored on.
+def speedup(groups, n=41):
+    """How much sooner the first group reaches a loss: (levels, {axis: (ratios, errors, p)}).
 
-    Of a run the mean over its fine-tuning seeds, which are no independent trials of the pretraining; only its newest checkpoint
-    counts, and of a result that was written twice the later.
+    A ratio is what the second group needs, divided by what the first needs, of geometric means over runs.
+    Errors are standard errors of the ratios' logs. p tests that the ratio at the last level is 1.
+    ([], {}) if there is no loss that all runs reach.
     """
-    scores = [defaultdict(dict) for _ in arms]
-    for found, runs in zip(scores, arms):
+    curves = [[curve(run, "val/loss") for run in runs] for runs in groups]
+    levels = shared_levels([c["val/loss"] for of_group in curves for c in of_group], n)
+    speedups, finite = {}, np.ones(len(levels), bool)
+    for axis in shared_axes(groups) if len(levels) else ():
+        with np.errstate(divide="ignore"):
+            first, second = (
+                np.log([[reach(c["val/loss"], c[axis], level) for level in levels] for c in of_group])
+                for of_group in curves
+            )  # (runs, levels)
+        tests = [difference(second[:, i], first[:, i], in_pairs(groups)) for i in range(len(levels))]
+        ratios = np.exp([delta for delta, _, _ in tests])
+        speedups[axis] = ratios, np.array([error for _, error, _ in tests]), tests[-1][2]
+        finite &= np.isfinite(ratios)
+    if not finite.any():
+        return np.array([]), {}
+    return levels[finite], {axis: (ratios[finite], errors[finite], p)
+                            for axis, (ratios, errors, p) in speedups.items()}
+
+
+def ner_scores(groups):
+    """[(values of NER_KEY, [[F1 in percent of each run] for each group])] of what all groups were scored on.
+
+    A run's F1 is the mean over fine-tuning seeds: these are not independent trials of the pretraining. Only a
+    run's newest checkpoint counts, and of a result that was written twice the later one.
+    """
+    scores = [defaultdict(lambda: defaultdict(dict)) for _ in groups]  # of a group: {key: {run: {seed: F1}}}
+    for of_group, runs in zip(scores, groups):
         for i, run in enumerate(runs):
             newest = max((line["step"] for line in run["ner"]), default=None)
             for line in run["ner"]:
                 if line["step"] == newest:
-                    found[tuple(line.get(key) for key in NER_KEY)].setdefault(i, {})[line["seed"]] = 100 * line["f1"]
-    return [(key, [[statistics.mean(seeds.values()) for seeds in found[key].values()] for found in scores])
-            for key in scores[0] if all(key in found for found in scores)]
+                    of_group[tuple(line.get(key) for key in NER_KEY)][i][line["seed"]] = 100 * line["f1"]
+    return [
+        (key, [[statistics.mean(seeds.values()) for seeds in of_group[key].values()] for of_group in scores])
+        for key in scores[0] if all(key in of_group for of_group in scores)
+    ]
+
+
+# ---- phases of a curve ----
+
+
+def despiked_and_smoothed(t, y):
+    """(y without single outliers and smoothed, the range that noise alone would have in it).
+
+    The noise is taken to be white. Its size is estimated from how far each point lies from the line between
+    its neighbours. The range is at least 1% of the curve's median.
+    """
+    weight = (t[1:-1] - t[:-2]) / (t[2:] - t[:-2])  # of the right neighbour: steps may be unevenly spaced
+    deviations = y[1:-1] - (1 - weight) * y[:-2] - weight * y[2:]
+    deviations = deviations / np.sqrt(1 + weight**2 + (1 - weight) ** 2)  # in units of one point's noise
+    sigma = 1.4826 * np.median(np.abs(deviations))  # the median, since curvature at some points is no noise
+    y = np.median([y, np.r_[y[:1], y[:-1]], np.r_[y[1:], y[-1:]]], axis=0)  # of each point and its neighbours
+    width = 1 + 2 * (len(y) // 40)  # of a moving average, shorter at the ends
+    window = np.ones(width)
+    y = np.convolve(y, window, mode="same") / np.convolve(np.ones_like(y), window, mode="same")
+    # The expected range of so many normal values; with few points sigma itself is uncertain.
+    noise = 2 * sigma / math.sqrt(width) * math.sqrt(2 * math.log(len(y))) * (1 + 6 / len(y))
+    return y, max(noise, 0.01 * np.median(np.abs(y)))
+
+
+def turning_points(y, noise):
+    """Indices where y turns, its two ends included; [] if it stays within the noise.
+
+    From one to the next y changes by more than the noise, and never goes back by as much in between.
+    """
+    turns, direction = [], 0  # direction: 1 while rising, -1 while falling, 0 before the first change
+    lowest = highest = extreme = 0  # extreme: the furthest point in the present direction
+    for i in range(len(y)):
+        if direction == 0:
+            lowest, highest = i if y[i] < y[lowest] else lowest, i if y[i] > y[highest] else highest
+            if y[highest] - y[lowest] > noise:
+                direction = 1 if highest > lowest else -1
+                turns, extreme = ([lowest], highest) if direction > 0 else ([highest], lowest)
+        elif direction * (y[i] - y[extreme]) > 0:
+            extreme = i
+        elif direction * (y[extreme] - y[i]) > noise:
+            turns, extreme, direction = [*turns, extreme], i, -direction
+    return [*turns, extreme] if direction else []
+
+
+def phase(steps, values):
+    """How a curve rises and falls: a dict of verdict, before, start, rise, peak, fall, settled and noise.
+
+    verdict: "diversify-then-compress", "only rise", "only fall", "fall, then rise", "flat", or "too short"
+    (fewer than 8 points). The rise goes from step `start` to step `peak`. The fall comes after it; 90% of it
+    has happened at step `settled`. `before` is a fall before the start, as from a random initialisation.
+    `rise`, `fall` and `before` are fractions of the level that they start from. Of several rises the largest
+    that is followed by a fall counts, or else the largest. Single outliers and changes within the noise do
+    not count.
+    """
+    t, y = np.asarray(steps, float), np.asarray(values, float)
+    t, y = t[np.isfinite(y)], y[np.isfinite(y)]
+    result = {"verdict": "too short", "before": 0.0, "start": None, "rise": 0.0, "peak": None, "fall": 0.0,
+              "settled": None, "noise": 0.0}
+    if len(y) < MIN_POINTS:
+        return result
+    y, noise = despiked_and_smoothed(t, y)
+    turns = turning_points(y, noise)
+    result |= {"verdict": "flat", "noise": float(noise / np.median(np.abs(y))) if y.any() else 0.0}
+
+    def change(i, j):
+        return float(abs(y[j] - y[i]) / abs(y[i])) if y[i] else math.inf
+
+    def size(k):  # of the rise from turning point k; one that is followed by a fall comes first
+        return k + 2 < len(turns), y[turns[k + 1]] - y[turns[k]]
+
+    rises = [k for k in range(len(turns) - 1) if y[turns[k + 1]] > y[turns[k]]]
+    rise = max(rises, key=size, default=None)
+    if rise is not None:
+        start, peak = turns[rise], turns[rise + 1]
+        result |= {"verdict": "only rise", "start": int(t[start]), "peak": int(t[peak])}
+        result |= {"rise": change(start, peak)}
+        if rise > 0:
+            result |= {"verdict": "fall, then rise", "before": change(turns[rise - 1], start)}
+    if turns and (rise is None or rise + 2 < len(turns)):
+        peak, lowest = turns[:2] if rise is None else turns[rise + 1:rise + 3]
+        settled = peak + int(np.argmax(y[peak:] <= y[peak] - 0.9 * (y[peak] - y[lowest])))
+        result |= {"verdict": "only fall" if rise is None else RISE_AND_FALL, "peak": int(t[peak]),
+                   "fall": change(peak, lowest), "settled": int(t[settled])}
+    return result
+
+
+def majority(curves):
+    """(the most frequent verdict, the phases of the runs that have it) of a layer's curves, one a run."""
+    results = [phase(*c) for c in curves]
+    verdict = Counter(result["verdict"] for result in results).most_common(1)[0][0]
+    return verdict, [result for result in results if result["verdict"] == verdict]
+
+
+def phase_summary(folder, width=108):
+    """For the console, a line on each kind of curve of a run: how many layers show each verdict.
+
+    Of layers that diversify then compress also which and when, in as much detail as fits in `width` columns.
+    """
+    curves = layer_curves([{"probes": read_jsonl(Path(folder) / "probes.jsonl", "step")}])
+    lengths = [len(steps) for by_layer in curves.values() for [(steps, _)] in by_layer.values()]
+    if lengths and max(lengths) < MIN_POINTS:
+        return [f"too few probes for phases: {max(lengths)} of at least {MIN_POINTS}; lower probe_every"]
+    lines = []
+    for kind, by_layer in curves.items():
+        results = {layer: phase(*of_run) for layer, [of_run] in by_layer.items()}
+        counts = Counter(p["verdict"] for p in results.values()).most_common()
+        for details in phase_details(results):
+            parts = [f"{verdict} in {n}" + (f" of {len(results)} layers" if i == 0 else "")
+                     + (details if verdict == RISE_AND_FALL else "") for i, (verdict, n) in enumerate(counts)]
+            line = f"{LABELS.get(kind, kind)}: {', '.join(parts)}"
+            if len(line) <= width:
+                break
+        lines.append(line)
+    return lines
+
+
+def phase_details(results):
+    """Which layers diversify then compress, and when, in brackets; from the longest wording to none."""
+    layers = [layer for layer, p in results.items() if p["verdict"] == RISE_AND_FALL]
+    if not layers:
+        return [""]
+    which = [] if len(layers) == len(results) else [layer_ranges(layers)]
+    peaks = sorted({results[layer]["peak"] for layer in layers})
+    peak = f"peak {peaks[0]}" + (f"-{peaks[-1]}" if len(peaks) > 1 else "")
+    settled = f"settled by {max(results[layer]['settled'] for layer in layers)}"
+    details = [*which, peak, settled], [*which, peak], which or [peak]
+    return [*(f" ({', '.join(parts)})" for parts in details), ""]
+
+
+def layer_ranges(layers):
+    """["00", "01", "02", "05"] as "00-02, 05"."""
+    ranges = []
+    for layer in layers:
+        if ranges and int(layer) == int(ranges[-1][-1]) + 1:
+            ranges[-1] = [ranges[-1][0], layer]
+        else:
+            ranges.append([layer])
+    return ", ".join(map("-".join, ranges))
 
 
 # ---- tables ----
 
 
 def markdown(rows, right=True):
-    """The first row is the head; columns after the first are aligned to the right."""
+    """A table whose first row is the head; right: columns after the first are aligned to the right."""
     widths = [max(3, *map(len, column)) for column in zip(*rows)]
-    rows = [rows[0], ["-" * (w - 1) + (":" if i and right else "-") for i, w in enumerate(widths)], *rows[1:]]
-    lines = ([cell.rjust(w) if i and right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))] for row in rows)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    rule = ["-" * (width - 1) + (":" if i and right else "-") for i, width in enumerate(widths)]
+    lines = []
+    for row in [rows[0], rule, *rows[1:]]:
+        cells = [cell.rjust(width) if right else cell.ljust(width) for cell, width in zip(row, widths)]
+        lines.append(f"| {' | '.join([row[0].ljust(widths[0]), *cells[1:]])} |")
+    return "\n".join(lines)
 
 
-def spread(values, form):
+def mean_std(values, form):
+    """The mean, with ± standard deviation if there are several values, both in the number format `form`."""
     mean = format(np.mean(values), form)
     return mean + (f" ± {format(np.std(values, ddof=1), form)}" if len(values) > 1 else "")
 
 
 def compared(label, values, form, paired=False, test=True):
-    """A row: the mean of each arm, and of two arms the difference and its p-value. No row where an arm has no value."""
+    """[a row]: the mean of each group and, of two groups, the difference and its p-value.
+
+    values: [[a number of each run] for each group]. [] if a group has none. test=False omits the p-value.
+    """
     if not all(values):
         return []
-    row = [label, *(spread(v, form) for v in values)]
+    row = [label, *(mean_std(of_group, form) for of_group in values)]
     if len(values) == 2:
-        d, _, p = difference(*values, paired)
-        row += [format(d, "+" + form), f"{p:.2g}" if test and not math.isnan(p) else ""]
+        delta, _, p = difference(*values, paired)
+        row += [format(delta, "+" + form), f"{p:.2g}" if test and not math.isnan(p) else ""]
     return [row]
 
 
-def phases(runs):
-    """The phases of every curve and layer: (paragraphs of Markdown, a count of the verdicts)."""
-    rows, orders, counts = [["curve", "layer", "verdict", "before", "start", "rise", "peak", "fall", "settled", "noise"]], [], Counter()
-    for what, label in CURVES.items():
-        found = defaultdict(list)
-        for run in runs:
-            for layer, c in layer_curves(run, what).items():
-                found[layer].append(phase(*c))
-        both = []
-        for layer, every in sorted(found.items()):
-            verdict, n = Counter(p["verdict"] for p in every).most_common(1)[0]
-            same = [p for p in every if p["verdict"] == verdict]
-            counts[verdict] += 1
-            step = {key: "" if same[0][key] is None else spread([p[key] for p in same], ".0f") for key in ("start", "peak", "settled")}
-            share = {key: f"{np.mean([p[key] for p in same]):.1%}" if same[0][key] else "" for key in ("before", "rise", "fall", "noise")}
-            rows.append([label, layer, verdict + (f" ({n} of {len(every)})" if len(runs) > 1 else ""), share["before"], step["start"],
-                         share["rise"], step["peak"], share["fall"], step["settled"], share["noise"]])
-            if verdict == BOTH:
-                both.append((layer, *(np.mean([p[key] for p in same]) for key in ("peak", "settled"))))
-        for i, word in ((1, "peak"), (2, "settle again")):
-            order = ", ".join(f"{line[0]} ({line[i]:.0f})" for line in sorted(both, key=lambda line: line[i]))
-            orders += [f"- {label}: layers {word} in the order {order}"] * bool(both)
-    note = ("The rise from start to peak, the fall after it, of which 90% are made where it has settled, and the fall before the start, "
-            "in updates and in percent of the level that each starts from. What stays within the noise counts as none.")
-    if len(runs) > 1:
-        note += " Each run by itself: the verdict of most, and the mean over these."
-    return [note, markdown(rows), *(["\n".join(orders)] if orders else [])], counts
+def comparison(names, rows):
+    """The Markdown table of rows of `compared`."""
+    return markdown([["", *names, *(["difference", "p"] if len(names) == 2 else [])], *rows])
 
 
-def tables(arms, names):
-    """The report as Markdown."""
-    two = len(arms) == 2
-    paired = two and in_pairs(arms)
-    head = ["", *names] + ["difference", "p"] * two
-    listed = "; ".join(f"{name}: {', '.join(str(run['path']) for run in runs)}" for name, runs in zip(names, arms))
-    note = ""
-    if max(map(len, arms)) > 1:
-        note = " Mean ± standard deviation over runs."
-        if two and min(map(len, arms)) > 1:
-            note += f" p: t-test, {'paired by seed' if paired else 'of Welch'}."
-    text = [f"# {' against '.join(names)}", f"Runs: {listed}.{note}"]
+# ---- sections: section(groups, names) -> paragraphs of Markdown, [] if the runs have nothing for it ----
 
-    domains = domain_keys(arms)
-    rows = compared("validation loss, nats", last(arms, "val/loss"), ".3f", paired)
-    for key in domains:
-        rows += compared(f"validation loss, {key.removeprefix('val/')}", last(arms, key), ".3f", paired)
-    for key, label in (("meta/query_acc", "query accuracy, adapted"), ("meta/query_acc_unadapted", "query accuracy, unadapted")):
-        values = last(arms, key)
-        if any(values):
-            rows.append([label, *(spread(v, ".3f") if v else "" for v in values)] + ["", ""] * two)
+
+def compared_with_paper(groups, names):
+    """What the paper reports, next to the same of these runs."""
+    if len(groups) != 2:
+        return []
+    _, speedups = speedup(groups)
+    domains = domain_keys(groups)
+    worse = [key for key in domains if np.greater(*map(np.mean, last_values(groups, key)))]
+    gains = [difference(*scores, False)[0] for (mode, *_), scores in ner_scores(groups) if mode != "majority"]
+    rows = [["in arXiv 2508.02189", "here"]]
+    if "flops" in speedups:
+        ratios = speedups["flops"][0]
+        rows.append(["the same loss up to 1.6 times sooner",
+                     f"{ratios[-1]:.2f} times in FLOPs at the last loss that both reach, "
+                     f"at most {ratios.max():.2f}"])
+    if gains:
+        rows.append(["2 to 3 points more F1 on Universal NER, medium and large models",
+                     f"{np.mean(gains):+.1f} on average"])
+    if domains:
+        rows.append(["perplexity worse on text of other domains at most sizes",
+                     f"worse on {len(worse)} of {len(domains)} validation domains"])
+    shares = []
+    for name, runs in zip(names, groups):
+        verdicts = [majority(of_layer)[0] for kind, by_layer in layer_curves(runs).items() if kind in LABELS
+                    for of_layer in by_layer.values()]
+        if verdicts:
+            shares.append(f"{name}: {verdicts.count(RISE_AND_FALL)} of {len(verdicts)} curves do")
+    if shares:
+        rows.append(["effective rank and head entropy rise, then fall", "; ".join(shares)])
+    return ["## Compared with the paper", markdown(rows, right=False)] if len(rows) > 1 else []
+
+
+def end_of_training(groups, names):
+    """The last value of each loss and accuracy, not the best, and what the runs took."""
+    paired = in_pairs(groups)
+    rows = compared("validation loss, nats", last_values(groups, "val/loss"), ".3f", paired)
+    for key in domain_keys(groups):
+        label = f"validation loss, {key.removeprefix('val/')}"
+        rows += compared(label, last_values(groups, key), ".3f", paired)
+    for key, (label, _) in ACCURACIES.items():
+        values = last_values(groups, key)
+        if any(values):  # often of one group alone, so without a difference
+            means = [mean_std(of_group, ".3f") if of_group else "" for of_group in values]
+            rows.append([label, *means, *(["", ""] if len(groups) == 2 else [])])
     for key, label in AXES.items():
-        rows += compared(label, last(arms, key), ".0f" if key in ("step", "seconds") else ".3g", test=False)
-    text += ["## At the end of training", markdown([head, *rows])]
-
-    levels, found = sooner(arms) if two else (None, {})
-    if found:
-        def named(axis, i):
-            ratio, error = found[axis][0][i], found[axis][1][i]
-            return f"{ratio:.2f}" + ("" if math.isnan(error) else f" ({ratio * math.exp(-error):.2f} to {ratio * math.exp(error):.2f})")
-
-        rows = [["", f"final, at loss {levels[-1]:.3f}", "p", "largest", "at loss"]]
-        for axis, (ratios, _, p) in found.items():
-            i = int(np.argmax(ratios))
-            rows.append([AXES[axis], named(axis, -1), "" if math.isnan(p) else f"{p:.2g}", named(axis, i), f"{levels[i]:.3f}"])
-        error = "" if math.isnan(found["step"][1][-1]) else " In brackets: one standard error."
-        text.append("## Sooner by\n\n"
-                    f"How many times what {names[0]} needs for a validation loss {names[1]} needs: above 1, {names[0]} is sooner. Losses "
-                    f"from {levels[0]:.3f} to {levels[-1]:.3f}, which all runs reach; interpolated in log-loss.{error} The largest is "
-                    f"picked from {len(levels)} losses, so chance lifts it.")
-        text.append(markdown(rows))
-    elif two:
-        text.append("## Sooner by\n\nThere is no loss that all runs reach between two evaluations of their own.")
-
-    groups, gains = defaultdict(list), []
-    for (mode, train, test, *rest), values in ner_scores(arms):
-        groups[mode, train, *rest].append((test, values))
-        if two and mode != "majority":
-            gains.append(difference(*values, False)[0])
-    for (mode, train, *rest), tests in groups.items():
-        settings = ", ".join(f"{name} {value}" for name, value in zip(NER_KEY[3:7], rest) if value)
-        rows = [row for test, values in tests for row in compared(test, values, ".1f")]
-        text += [f"## Universal NER, {mode}, trained on {train} ({settings})",
-                 "Span F1 in percent; of a run the mean over its fine-tuning seeds.", markdown([head, *rows])]
-
-    verdicts = []
-    for name, runs in zip(names, arms):
-        section, counts = phases(runs)
-        if counts:
-            verdicts.append(f"{name}: {counts[BOTH]} of {counts.total()} curves do")
-            text += [f"## Phases of {name}", *section]
-
-    if two:
-        worse = [key for key in domains if np.mean(last(arms, key)[0]) > np.mean(last(arms, key)[1])]
-        flops = found.get("flops")
-        rows = [["in arXiv 2508.02189", "here"],
-                ["the same loss up to 1.6 times sooner",
-                 f"{flops[0][-1]:.2f} times in FLOPs at the last loss that both reach, at most {flops[0].max():.2f}" if flops else ""],
-                ["2 to 3 points more F1 on Universal NER, medium and large models", f"{np.mean(gains):+.1f} on average" if gains else ""],
-                ["perplexity worse on text of other domains at most sizes",
-                 f"worse on {len(worse)} of {len(domains)} validation domains" if domains else ""],
-                ["effective rank and head entropy rise, then fall", "; ".join(verdicts)]]
-        text.insert(2, "## Beside the paper\n\n" + markdown([row for row in rows if row[1]], right=False))
-    return "\n\n".join(text) + "\n"
+        form = ".0f" if key in ("step", "seconds") else ".3g"
+        rows += compared(label, last_values(groups, key), form, test=False)
+    return ["## At the end of training", comparison(names, rows)]
 
 
-# ---- the figure ----
+def speedup_to_equal_loss(groups, names):
+    """How much sooner the first group reaches the losses that all runs reach."""
+    if len(groups) != 2:
+        return []
+    heading = "## Speedup to equal loss"
+    levels, speedups = speedup(groups)
+    if not speedups:
+        return [heading, "There is no loss that all runs reach between two evaluations of their own."]
+
+    def ratio_with_error(ratio, error):
+        interval = f" ({ratio * math.exp(-error):.2f} to {ratio * math.exp(error):.2f})"
+        return f"{ratio:.2f}" + ("" if math.isnan(error) else interval)
+
+    rows = [["", f"final, at loss {levels[-1]:.3f}", "p", "largest", "at loss"]]
+    for axis, (ratios, errors, p) in speedups.items():
+        i = int(np.argmax(ratios))
+        final, largest = ratio_with_error(ratios[-1], errors[-1]), ratio_with_error(ratios[i], errors[i])
+        rows.append([AXES[axis], final, "" if math.isnan(p) else f"{p:.2g}", largest, f"{levels[i]:.3f}"])
+    brackets = "" if math.isnan(speedups["step"][1][-1]) else " In brackets: one standard error."
+    note = (f"What {names[1]} needs to reach a validation loss, divided by what {names[0]} needs: above 1, "
+            f"{names[0]} is sooner. Losses from {levels[0]:.3f} to {levels[-1]:.3f}, which all runs reach, "
+            f"interpolated in log-loss.{brackets} The largest is picked from {len(levels)} losses, so it is "
+            "biased upwards.")
+    return [heading, note, markdown(rows)]
 
 
-def figure(arms, names):
-    """All panels for which there are data, at most three in a row, at the width of a page."""
-    from matplotlib import colormaps, rc_context
-    from matplotlib.figure import Figure
+def universal_ner(groups, names):
+    """Span F1 on each treebank that all groups were scored on, a table for each way of fine-tuning."""
+    settings = defaultdict(list)
+    for (mode, train, test, *rest), scores in ner_scores(groups):
+        settings[mode, train, *rest].append((test, scores))
+    paragraphs = []
+    for (mode, train, *rest), tests in settings.items():
+        options = ", ".join(f"{name} {value}" for name, value in zip(NER_KEY[3:7], rest) if value)
+        rows = [row for test, scores in tests for row in compared(test, scores, ".1f")]
+        paragraphs += [f"## Universal NER, {mode}, trained on {train} ({options})",
+                       "Span F1 in percent; of each run the mean over fine-tuning seeds.",
+                       comparison(names, rows)]
+    return paragraphs
+
+
+def phases(groups, names):
+    """The phases of every curve and layer, a table for each group."""
+    paragraphs = []
+    for name, runs in zip(names, groups):
+        curves = layer_curves(runs)
+        if not curves:
+            continue
+        note = ("The rise goes from start to peak. The fall comes after it; 90% of it has happened where it "
+                "has settled. Before: a fall before the start. Start, peak and settled are updates; before, "
+                "rise and fall are percentages of the level that they start from. Changes within the noise "
+                "do not count.")
+        if len(runs) > 1:
+            note += " Each run is judged by itself: the verdict of most runs, and the means over these."
+        rows = [["curve", "layer", "verdict", "before", "start", "rise", "peak", "fall", "settled", "noise"]]
+        orders = []
+        for kind, by_layer in curves.items():
+            label = LABELS.get(kind, kind)
+            rows += [phase_row(label, layer, of_layer, len(runs)) for layer, of_layer in by_layer.items()]
+            orders += layer_orders(label, by_layer)
+        paragraphs += [f"## Phases of {name}", note, markdown(rows), *(["\n".join(orders)] if orders else [])]
+    return paragraphs
+
+
+def phase_row(label, layer, curves, n_runs):
+    verdict, results = majority(curves)
+
+    def step(key):
+        return "" if results[0][key] is None else mean_std([result[key] for result in results], ".0f")
+
+    def percent(key):
+        return f"{np.mean([result[key] for result in results]):.1%}" if results[0][key] else ""
+
+    share = f" ({len(results)} of {len(curves)})" if n_runs > 1 else ""
+    return [label, layer, verdict + share, percent("before"), step("start"), percent("rise"), step("peak"),
+            percent("fall"), step("settled"), percent("noise")]
+
+
+def layer_orders(label, by_layer):
+    """The order in which layers peak, and in which they settle: those that diversify then compress."""
+    results = {layer: majority(curves) for layer, curves in by_layer.items()}
+    lines = []
+    for key, verb in (("peak", "peak"), ("settled", "settle again")):
+        means = {layer: np.mean([result[key] for result in of_layer])
+                 for layer, (verdict, of_layer) in results.items() if verdict == RISE_AND_FALL}
+        order = ", ".join(f"{layer} ({means[layer]:.0f})" for layer in sorted(means, key=means.get))
+        lines += [f"- {label}: layers {verb} in the order {order}"] if means else []
+    return lines
+
+
+# In the order of the report. Phases come last: the console shows what stands before them.
+SECTIONS = [compared_with_paper, end_of_training, speedup_to_equal_loss, universal_ner, phases]
+
+
+def tables(groups, names):
+    """The report as Markdown."""
+    folders = [f"{name}: {', '.join(str(run['path']) for run in runs)}" for name, runs in zip(names, groups)]
+    note = ""
+    if max(map(len, groups)) > 1:
+        note = " Mean ± standard deviation over runs."
+        if len(groups) == 2 and min(map(len, groups)) > 1:
+            note += " p: t-test, paired by seed." if in_pairs(groups) else " p: Welch's t-test."
+    paragraphs = [f"# {' against '.join(names)}", f"Runs: {'; '.join(folders)}.{note}"]
+    for section in SECTIONS:
+        paragraphs += section(groups, names)
+    return "\n\n".join(paragraphs) + "\n"
+
+
+# ---- panels of a figure: each draws on one matplotlib Axes ----
+
+COLORS = ("#c0392b", "#2c6fbb")  # of the groups
+MARKERS = {"start": ("v", "start of the rise"), "peak": ("^", "peak"), "settled": ("s", "90% of the fall")}
+MARKER_STYLE = {"mec": "black", "mew": 0.4, "lw": 0}
+
+
+def legend_handle(label, **style):
     from matplotlib.lines import Line2D
 
-    def arms_key(ax):
-        ax.legend(handles=[Line2D([], [], color=color, label=name) for name, color in zip(names, COLORS)])
+    return Line2D([], [], label=label, **style)
 
-    def losses(axis):
-        def draw(ax):
-            every = []
-            for runs, color in zip(arms, COLORS):
-                for run in runs:
-                    c = curve(run, "val/loss")
-                    every.append(c["val/loss"])
-                    ax.plot(c[axis], every[-1], color=color, lw=1, alpha=1 if len(runs) == 1 else 0.6)
-            low, high = min(y.min() for y in every), max(y[min(1, len(y) - 1)] for y in every)
-            margin = 0.04 * (high - low) or 0.1
-            # The fall from the untrained model would flatten the rest.
-            ax.set(xlabel=AXES[axis], ylabel="nats", title="validation loss", ylim=(low - margin, high + margin))
-            arms_key(ax)
-        return draw
 
-    levels, found = sooner(arms) if len(arms) == 2 else (None, {})
+def styled_runs(groups):
+    """(run, how its line is drawn) of all runs."""
+    for runs, color in zip(groups, COLORS):
+        for run in runs:
+            yield run, {"color": color, "alpha": 1 if len(runs) == 1 else 0.6}
 
-    def ratios(ax):
-        for axis, color in zip(found, ("black", "#8e44ad", "#27ae60", "#d68910")):
-            ratio, error, _ = found[axis]
-            ax.plot(levels, ratio, color=color, lw=1, label=AXES[axis])
-            ax.fill_between(levels, ratio * np.exp(-error), ratio * np.exp(error), color=color, alpha=0.12, lw=0)
-        ax.axhline(1, color="gray", lw=0.6)
-        ax.invert_xaxis()
-        ax.set(xlabel="validation loss, nats", ylabel="times", title=f"{names[0]} sooner by")
-        ax.legend()
 
-    def accuracy(ax):
-        for runs, color in zip(arms, COLORS):
-            for run in runs:
-                for key, style in (("meta/query_acc", "-"), ("meta/query_acc_unadapted", "--")):
-                    c = curve(run, key)
-                    ax.plot(c["step"], c[key], style, color=color, lw=1)
-        ax.set(xlabel=AXES["step"], title="query accuracy, adapted (-) and not (--)", ylim=(0, None))
+def legend_of_groups(ax, names):
+    ax.legend(handles=[legend_handle(name, color=color) for name, color in zip(names, COLORS)])
 
-    def domains(ax):
-        y = np.arange(len(keys))
-        for i, (runs, color) in enumerate(zip(arms, COLORS)):
-            final = np.array([[curve(run, key)[key][-1] for run in runs] for key in keys])  # (domains, runs)
-            error = final.std(1, ddof=1) if len(runs) > 1 else None
-            ax.errorbar(final.mean(1), y + 0.2 * (i - (len(arms) - 1) / 2), xerr=error, fmt="o", ms=4, color=color, capsize=2)
-        ax.set_yticks(y, [key.removeprefix("val/") for key in keys])
-        ax.set_ylim(len(keys) - 0.5, -0.5)
-        ax.grid(axis="y", lw=0.3)
-        ax.set(xlabel="nats", title="validation loss by domain")
-        arms_key(ax)
 
-    marked = set()  # curves that rise and fall
+def y_limits(curves):
+    """Limits for curves (steps, values) without the first tenth of a run: the fall from the random start."""
+    shown = [values[steps >= 0.1 * steps[-1]] for steps, values in curves]
+    low, high = min(values.min() for values in shown), max(values.max() for values in shown)
+    margin = 0.05 * (high - low) or 0.5
+    return low - margin, high + margin
 
-    def layers(runs, what, limits):
-        def draw(ax):
-            curves = [layer_curves(run, what) for run in runs]
-            for layer in sorted(set().union(*curves)):
-                every = [c[layer] for c in curves if layer in c]
-                end = min(steps[-1] for steps, _ in every)
-                steps = every[0][0][every[0][0] <= end]
-                values = np.mean([np.interp(steps, *c) for c in every], axis=0)
-                ax.plot(steps, values, color=colors[layer], lw=1)
-                found = [phase(*c) for c in every]
-                both = [p for p in found if p["verdict"] == BOTH]
-                if 2 * len(both) > len(found):
-                    marked.add(what)
-                    for mark, marker in MARKS.items():
-                        x = np.mean([p[mark] for p in both])
-                        ax.plot(x, np.interp(x, steps, values), marker, color=colors[layer], ms=4, mec="black", mew=0.4)
-            ax.set(xlabel=AXES["step"], title=CURVES[what], ylim=limits)
-        return draw
 
-    def layers_key(ax):
-        ax.axis("off")
-        some = list(colors)[::-(-len(colors) // 12)]
-        handles = [Line2D([], [], color=colors[layer], label=f"layer {layer}") for layer in some]
-        if marked:  # by the panels before this one
-            handles += [Line2D([], [], marker=marker, color="gray", mec="black", mew=0.4, lw=0, label=f"{mark} of a rise and fall")
-                        for mark, marker in MARKS.items()]
-        ax.legend(handles=handles, loc="center", ncols=1 + (len(handles) > 8))
+def loss_panel(ax, groups, names, axis):
+    losses = []
+    for run, style in styled_runs(groups):
+        c = curve(run, "val/loss")
+        losses.append(c["val/loss"])
+        ax.plot(c[axis], c["val/loss"], **style)
+    # From the second evaluation: the fall from the untrained model would flatten the rest.
+    low, high = min(y.min() for y in losses), max(y[min(1, len(y) - 1)] for y in losses)
+    margin = 0.04 * (high - low) or 0.1
+    ax.set(xlabel=AXES[axis], ylabel="nats", title="validation loss", ylim=(low - margin, high + margin))
+    legend_of_groups(ax, names)
 
-    keys = domain_keys(arms)
-    axes = [axis for axis in ("tokens", "flops", "seconds")
-            if all(axis in c and c[axis].any() for runs in arms for run in runs for c in [curve(run, "val/loss")])]
-    second = [ratios] * bool(found) + [accuracy] * any(map(len, last(arms, "meta/query_acc"))) + [domains] * bool(keys)
-    rows = [("", [losses(axis) for axis in axes or ["step"]]), ("", second)]
-    names_of_layers = sorted({layer for runs in arms for run in runs for what in CURVES for layer in layer_curves(run, what)})
-    colors = {layer: colormaps["viridis"](0.95 * i / max(len(names_of_layers) - 1, 1)) for i, layer in enumerate(names_of_layers)}
-    for name, runs in zip(names, arms):
-        panels = []
-        for what in CURVES:
-            # One scale for both arms; what lies in the first tenth of a run, the random start, may lie outside.
-            shown = [y[steps >= 0.1 * steps[-1]] for rs in arms for run in rs for steps, y in layer_curves(run, what).values()]
-            if any(layer_curves(run, what) for run in runs):
-                low, high = min(y.min() for y in shown), max(y.max() for y in shown)
-                margin = 0.05 * (high - low) or 0.5
-                panels.append(layers(runs, what, (low - margin, high + margin)))
-        panels += [layers_key] * bool(panels)
-        rows += [(f"{name}, by layer" if i == 0 else "", panels[i:i + 3]) for i in range(0, len(panels), 3)]
-    rows = [row for row in rows if row[1]]
 
-    style = {"font.size": 7, "axes.titlesize": 7.5, "legend.fontsize": 6.5, "legend.frameon": False, "axes.spines.top": False,
-             "axes.spines.right": False, "axes.linewidth": 0.6}
-    letters = iter("abcdefghijklmnopqrstuvwxyz")
+def speedup_panel(ax, groups, names):
+    levels, speedups = speedup(groups)
+    for axis, color in zip(speedups, ("black", "#8e44ad", "#27ae60", "#d68910")):
+        ratios, errors, _ = speedups[axis]
+        ax.plot(levels, ratios, color=color, label=AXES[axis])
+        low, high = ratios * np.exp(-errors), ratios * np.exp(errors)
+        ax.fill_between(levels, low, high, color=color, alpha=0.12, lw=0)
+    ax.axhline(1, color="gray", lw=0.6)
+    ax.invert_xaxis()
+    ax.set(xlabel="validation loss, nats", ylabel="ratio", title=f"speedup of {names[0]} to equal loss")
+    ax.legend()
+
+
+def accuracy_panel(ax, groups):
+    for run, style in styled_runs(groups):
+        for key, (_, dashes) in ACCURACIES.items():
+            c = curve(run, key)
+            ax.plot(c["step"], c[key], dashes, **style)
+    ax.set(xlabel=AXES["step"], title="query accuracy", ylim=(0, None))
+    ax.legend(handles=[legend_handle(label.removeprefix("query accuracy, "), color="gray", ls=dashes)
+                       for label, dashes in ACCURACIES.values()])
+
+
+def domains_panel(ax, groups, names):
+    keys = domain_keys(groups)
+    y = np.arange(len(keys))
+    for i, (runs, color) in enumerate(zip(groups, COLORS)):
+        final = np.array([last_values([runs], key)[0] for key in keys])  # (domains, runs)
+        error = final.std(1, ddof=1) if len(runs) > 1 else None
+        offset = 0.2 * (i - (len(groups) - 1) / 2)
+        ax.errorbar(final.mean(1), y + offset, xerr=error, fmt="o", ms=4, color=color, capsize=2)
+    ax.set_yticks(y, [key.removeprefix("val/") for key in keys])
+    ax.set_ylim(len(keys) - 0.5, -0.5)
+    ax.grid(axis="y", lw=0.3)
+    ax.set(xlabel="nats", title="validation loss by domain")
+    legend_of_groups(ax, names)
+
+
+def rise_and_fall(curves):
+    """{start, peak, settled: mean step} of a layer; {} unless most runs diversify then compress there."""
+    verdict, results = majority(curves)
+    if verdict != RISE_AND_FALL or 2 * len(results) <= len(curves):
+        return {}
+    return {name: np.mean([result[name] for result in results]) for name in MARKERS}
+
+
+def layers_panel(ax, kind, by_layer, limits, colors):
+    for layer, curves in by_layer.items():
+        steps, values = mean_curve(curves)
+        ax.plot(steps, values, color=colors[layer])
+        for name, step in rise_and_fall(curves).items():
+            y = np.interp(step, steps, values)
+            ax.plot(step, y, marker=MARKERS[name][0], color=colors[layer], ms=4, **MARKER_STYLE)
+    ax.set(xlabel=AXES["step"], title=LABELS.get(kind, kind), ylim=limits)
+
+
+def layers_legend(ax, curves, colors):
+    """An empty panel with the legend of a group's layers."""
+    ax.axis("off")
+    some = list(colors)[::-(-len(colors) // 12)]  # every n-th, if there are more than 12
+    handles = [legend_handle(f"layer {layer}", color=colors[layer]) for layer in some]
+    if any(rise_and_fall(of_layer) for by_layer in curves.values() for of_layer in by_layer.values()):
+        handles += [legend_handle(label, marker=marker, color="gray", **MARKER_STYLE)
+                    for marker, label in MARKERS.values()]
+    ax.legend(handles=handles, loc="center", ncols=1 + (len(handles) > 8))
+
+
+def residual_rank_panel(ax, groups):
+    curves = []
+    for run, style in styled_runs(groups):
+        by_layer = layer_curves([run]).get("rank/resid", {})
+        if by_layer:
+            curves.append(mean_curve([of_run for [of_run] in by_layer.values()]))
+            ax.plot(*curves[-1], **style)
+    ax.set(xlabel=AXES["step"], ylabel="mean over layers", title=LABELS["rank/resid"], ylim=y_limits(curves))
+
+
+# ---- the figures ----
+
+
+def draw(rows, size, font):
+    """A figure of rows [(heading or "", [panel, ...])], with lettered panels of a size in inches."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    style = {
+        "font.size": font, "axes.titlesize": 1.07 * font, "legend.fontsize": 0.93 * font,
+        "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
+        "axes.linewidth": 0.6, "lines.linewidth": font / 7, "axes.formatter.use_mathtext": True,
+    }
+    columns, letter = max(len(panels) for _, panels in rows), 0
     with rc_context(style):
-        fig = Figure(figsize=(7.5, 1.9 * len(rows)), layout="constrained", dpi=150)
-        for part, (title, panels) in zip(np.atleast_1d(fig.subfigures(len(rows), 1)), rows):
-            if title:
-                part.suptitle(title, fontsize=8)
-            for ax, draw in zip(np.atleast_1d(part.subplots(1, len(panels))), panels):
-                draw(ax)
-                if draw is not layers_key:
-                    ax.set_title(f"({next(letters)}) {ax.get_title()}")
+        fig = Figure(figsize=(size[0] * columns, size[1] * len(rows)), layout="constrained", dpi=150)
+        for part, (heading, panels) in zip(np.atleast_1d(fig.subfigures(len(rows), 1)), rows):
+            if heading:
+                part.suptitle(heading, fontsize=1.14 * font)
+            grid = part.add_gridspec(1, columns)
+            for column, panel in enumerate(panels):
+                ax = part.add_subplot(grid[column])
+                panel(ax)
+                if ax.get_title():
+                    ax.set_title(f"({name_of_panel(letter)}) {ax.get_title()}")
+                    letter += 1
     return fig
 
 
-def main(argv):
-    given = [arg for arg in argv if not arg.startswith("-") and not arg.endswith(".py")]
-    cfg = config.load(Config, [arg for arg in argv if arg not in given], __doc__)
-    folders = [[folder for folder in arm.split(",") if folder] for arm in given]
-    if not 1 <= len(folders) <= 2 or not all(folders):
-        raise UserError("give one or two arms, each a run's folder or several with commas between; "
-                        f"got {len(given)}: {' '.join(given) or '-'}")
-    every = [Path(folder).resolve() for arm in folders for folder in arm]
-    if twice := [folder for folder, n in Counter(every).items() if n > 1]:
-        raise UserError(f"{twice[0]} is named twice")
-    arms = [[read_run(folder) for folder in arm] for arm in folders]
-    for runs in arms:
-        runs.sort(key=lambda run: (run["seed"] is None, run["seed"]))
-    # out/hybrid-1,out/hybrid-2 is "hybrid"; out/hybrid/1,out/hybrid/2 too
-    names = [every[0].name if len(every) == 1 else re.sub(r"[-_.]?\d+$", "", every[0].name) or every[0].parent.name
-             for every in [[Path(folder).resolve() for folder in arm] for arm in folders]]
-    if len(set(names)) < len(names):
-        names = given
-    out = Path(re.sub(r"\.(md|png)$", "", cfg.out))
-    if not out.name:
-        raise UserError(f"out = {cfg.out!r} must be a path of a file without its ending, for instance out/report")
-    text, fig = tables(arms, names), figure(arms, names)
+def name_of_panel(i):
+    """a, b, ..., z, aa, ab, ..."""
+    return (name_of_panel(i // 26 - 1) if i >= 26 else "") + chr(ord("a") + i % 26)
+
+
+def in_threes(heading, panels):
+    """Rows of three panels, the first under the heading."""
+    return [("" if i else heading, panels[i:i + 3]) for i in range(0, len(panels), 3)]
+
+
+def figure(groups, names):
+    """All panels for which there are data, at most three in a row, at the width of a page."""
+    from matplotlib import colormaps
+
+    axes = [axis for axis in shared_axes(groups) if axis != "step"] or ["step"]
+    panels = [partial(loss_panel, groups=groups, names=names, axis=axis) for axis in axes]
+    if len(groups) == 2 and speedup(groups)[1]:
+        panels.append(partial(speedup_panel, groups=groups, names=names))
+    if any(any(last_values(groups, key)) for key in ACCURACIES):
+        panels.append(partial(accuracy_panel, groups=groups))
+    if domain_keys(groups):
+        panels.append(partial(domains_panel, groups=groups, names=names))
+    rows = in_threes("", panels)
+
+    curves = [layer_curves(runs) for runs in groups]
+    layers = sorted({layer for of_group in curves for by_layer in of_group.values() for layer in by_layer})
+    shades = 0.95 * np.arange(len(layers)) / max(len(layers) - 1, 1)
+    colors = dict(zip(layers, colormaps["viridis"](shades)))
+    for name, of_group in zip(names, curves):
+        panels = []
+        for kind, by_layer in of_group.items():
+            # One scale for both groups, so that they can be compared.
+            limits = y_limits([c for g in curves for of_layer in g.get(kind, {}).values() for c in of_layer])
+            panels.append(partial(layers_panel, kind=kind, by_layer=by_layer, limits=limits, colors=colors))
+        if panels:
+            panels.append(partial(layers_legend, curves=of_group, colors=colors))
+        rows += in_threes(f"{name}, by layer", panels)
+    return draw(rows, size=(2.5, 1.9), font=7)
+
+
+def brief_figure(groups, names):
+    """One row: validation loss, query accuracy, mean effective rank of the residual stream."""
+    axis = "flops" if "flops" in shared_axes(groups) else "step"
+    panels = [partial(loss_panel, groups=groups, names=names, axis=axis)]
+    if any(any(last_values(groups, key)) for key in ACCURACIES):
+        panels.append(partial(accuracy_panel, groups=groups))
+    if any("rank/resid" in layer_curves(runs) for runs in groups):
+        panels.append(partial(residual_rank_panel, groups=groups))
+    return draw([("", panels)], size=(3.4, 2.7), font=10)
+
+
+# ---- writing a report ----
+
+
+def read_groups(groups):
+    """The runs of [[folder, ...], ...], those of a group in the order of their seeds."""
+    given = " ".join(",".join(map(str, folders)) for folders in groups)
+    require(1 <= len(groups) <= 2 and all(groups),
+            "give one or two groups of runs, each a run's folder or several with commas between; "
+            f"got {len(groups)}: {given or '-'}")
+    counts = Counter(Path(folder).resolve() for folders in groups for folder in folders)
+    for folder, n in counts.items():
+        require(n == 1, f"{folder} is named twice")
+    runs = [[read_run(folder) for folder in folders] for folders in groups]
+    return [sorted(of_group, key=lambda run: (run["seed"] is None, run["seed"])) for of_group in runs]
+
+
+def group_names(groups):
+    """Names for the groups: "hybrid" for out/hybrid-1,out/hybrid-2 and for out/hybrid/1,out/hybrid/2."""
+    names = []
+    for folders in groups:
+        first = Path(folders[0]).resolve()
+        without_number = re.sub(r"[-_.]?\d+$", "", first.name) or first.parent.name
+        names.append(first.name if len(folders) == 1 else without_number)
+    return names if len(set(names)) == len(names) else [",".join(map(str, folders)) for folders in groups]
+
+
+def write(groups, out, brief=False):
+    """Writes OUT.md and OUT.png and returns the tables as Markdown.
+
+    groups: one or two lists of run folders; of two, the second is the baseline. out: a path without ending.
+    brief: the figure is one row of at most three panels. Raises UserError if a run has no validation loss.
+    """
+    runs, names = read_groups(groups), group_names(groups)
+    path = Path(out)
+    require(path.name, f"out = {str(out)!r} must be a path of a file without its ending, such as out/report")
+    text = tables(runs, names)
+    fig = (brief_figure if brief else figure)(runs, names)
+    image = f"![{' against '.join(names)}]({path.name}.png)"
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        fig.savefig(out.with_name(out.name + ".png"))
-        out.with_name(out.name + ".md").write_text(text + f"\n![{' against '.join(names)}]({out.name}.png)\n", encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fig.savefig(path.with_name(path.name + ".png"))
+        path.with_name(path.name + ".md").write_text(f"{text}\n{image}\n", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot write {out}.md and .png: {error.strerror}") from None
-    print(text.split("## Phases")[0] + f"files     {out}.md (these tables, and the phases of every layer), {out}.png")
+        raise UserError(f"cannot write {path}.md and .png: {error.strerror}") from None
+    return text
+
+
+def main(argv):
+    given, flags = config.operands(argv)
+    cfg = config.load(Config, flags, __doc__)
+    groups = [[folder for folder in arg.split(",") if folder] for arg in given]
+    out = re.sub(r"\.(md|png)$", "", cfg.out)
+    text = write(groups, out, cfg.brief)
+    print(text.split("## Phases of")[0].rstrip() + "\n")
+    print(f"files     {out}.md (these tables, and the phases of every layer), {out}.png")
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    config.run(main)

@@ -10,5 +10,4 @@ d_model = 96
 global_batch_size = 256
 batch_size = 16  # per GPU; not measured on one yet
 
-inner_lr = 25.6 / d_model
 queries = 4

@@ -1,5 +1,5 @@
 # 570M: 569,808,384 parameters (arXiv 2508.02189). Prepare the data first, for instance:
-# python data.py --out=data/fineweb --source=HuggingFaceFW/fineweb-edu:sample-10BT --max_tokens=4_000_000_000 --tokenizer=gpt2
+# python prepare.py --out=data/fineweb --source=HuggingFaceFW/fineweb-edu:sample-10BT --max_tokens=4_000_000_000 --tokenizer=gpt2
 # torchrun --standalone --nproc_per_node=8 train.py configs/570m.py
 data = "data/fineweb"
 out_dir = "out/570m"
@@ -22,5 +22,4 @@ batch_size = 8  # per GPU
 # - The inner rate goes with 1 / d_model, since the squared norm of a normalised feature is d_model. At 192 and
 #   256, 0.1 to 0.3 was best; the rest is carried over by this rule, not measured.
 # - 4 queries instead of 1: only the query gives an outer gradient.
-inner_lr = 25.6 / d_model
 queries = 4

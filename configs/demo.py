@@ -26,8 +26,9 @@ meta_start = 75
 meta_weight = 0.5
 ways = 16
 window = 32
+inner_lr = 0.1
 queries = 2
 
 eval_every = 50
-probe_every = 50
+probe_every = 5
 checkpoint_every = 125

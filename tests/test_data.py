@@ -1,37 +1,19 @@
+"""data.py: bins, tokenizers, sequences and episodes."""
+
 import base64
-import gzip
 import json
 
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, TOY_VOCAB, write_bin
+from conftest import TOY_VOCAB, refuses, write_bin
 
 import data
-from config import UserError
-from data import Corpus, Episodes, Prepare, Sequences, open_bin, open_corpus
-
-
-def refuses(call, *says):
-    with pytest.raises(UserError) as error:
-        call()
-    assert all(part in str(error.value) for part in says) and "\n" not in str(error.value), str(error.value)
+import prepare
+from data import Corpus, Episodes, Sequences, open_bin, open_corpus
 
 
 # ---- bins ----
-
-
-def test_shards_round_trip(tmp_path):
-    tokens = np.random.default_rng(0).integers(0, 65536, 2500).astype("<u2")
-    writer = data.ShardWriter(tmp_path, "train", 1000)
-    for part in np.split(tokens, [1, 999, 1000, 2100]):
-        writer.write(part)
-    writer.close()
-    paths = sorted(tmp_path.glob("*.bin"))
-    assert [path.name for path in paths] == ["train_000000.bin", "train_000001.bin", "train_000002.bin"]
-    assert [len(open_bin(path)) for path in paths] == [1000, 1000, 500]
-    assert np.array_equal(np.concatenate([open_bin(path) for path in paths]), tokens)
-    assert np.fromfile(paths[2], "<i4", 256).tolist() == [20240520, 1, 500] + [0] * 253
 
 
 def test_bins_of_llm_c_and_of_nanogpt_are_read(tmp_path):
@@ -50,26 +32,6 @@ def test_validation_bins_are_grouped_by_domain(tmp_path):
     for name in ("train_000000", "val_news-2_000000", "val_news-2_000001", "val_blogs_000000"):
         write_bin(tmp_path / f"{name}.bin", [1, 2])
     assert {name: len(split.paths) for name, split in open_corpus(tmp_path)[1].items()} == {"news-2": 2, "blogs": 1}
-
-
-@pytest.mark.parametrize(
-    "name, domain",
-    [
-        ("constraints.txt", "constraints"),
-        ("2024news.val.txt", "2024news"),
-        ("2024.md", "2024"),
-        ("train.jsonl", "train"),
-        ("a_val.txt", "a_val"),
-    ],
-)
-def test_a_validation_file_of_any_name_stays_out_of_training(tmp_path, name, domain):
-    """`"train" in path.name` once took val_constraints_000000.bin for training data."""
-    text = "\n\n\n".join(f"some words, and the word {i}" for i in range(50))
-    (tmp_path / "text.txt").write_text(text)
-    (tmp_path / name).write_text(json.dumps({"text": text}) if name.endswith("jsonl") else text)
-    _, train, val = prepare(tmp_path, source=str(tmp_path / "text.txt"), val=str(tmp_path / name))
-    assert list(val) == [domain] and [path.name for path in train.paths] == ["train_000000.bin"]
-    refuses(lambda: prepare(tmp_path, out=str(tmp_path / "other"), val=f"x/{name},{name}"), "names two files alike")
 
 
 def test_bad_bins_are_refused_in_one_line(tmp_path):
@@ -92,7 +54,7 @@ def test_bad_bins_are_refused_in_one_line(tmp_path):
     write_bin(path, [1, 700, 2])
     Corpus([path]).check(701)
     refuses(lambda: Corpus([path]).check(700), str(path), "token id 700 is outside the vocabulary of 700")
-    refuses(lambda: open_corpus(tmp_path / "none"), "no data at", "python data.py")
+    refuses(lambda: open_corpus(tmp_path / "none"), "no data at", "python prepare.py")
     odd.unlink()
     refuses(lambda: open_corpus(tmp_path), "holds no val bins")
 
@@ -154,7 +116,7 @@ def test_episodes_hold_n_distinct_words_masked_in_windows_of_the_corpus_that_do_
     mask = tokenizer.encode_single_token("<|mask|>")
     corpus = np.concatenate([np.asarray(shard, np.int64) for shard in maker.corpus.shards])
     for index in range(5):
-        ids = maker.episode(index)
+        ids_of_words, ids = maker.episode(index)
         assert ids.shape == (6, 5, 16) and (ids[..., -1] == mask).all()
         words = []
         for windows in ids:
@@ -175,7 +137,7 @@ def test_episodes_hold_n_distinct_words_masked_in_windows_of_the_corpus_that_do_
                 assert np.array_equal(window == mask, original == word), "every occurrence is masked, and nothing else"
                 assert not tokenizer.decode([int(corpus[start + 16])])[0].isalpha(), "a whole word"
             assert all(abs(a - b) >= 16 for i, a in enumerate(starts) for b in starts[:i]), "windows of a word overlap"
-        assert len(set(words)) == 6
+        assert len(set(words)) == 6 and words == ids_of_words.tolist()
 
 
 def test_a_word_in_another_case_or_without_its_space_is_masked_too_and_never_a_second_class(tmp_path):
@@ -184,7 +146,7 @@ def test_a_word_in_another_case_or_without_its_space_is_masked_too_and_never_a_s
     forms = [form for word in words for form in (word, word[1:], word.title(), word[1:].title())]
     tokens = [bytes([i]) for i in range(256)] + [form.encode() for form in forms]
     (tmp_path / "tokenizer.json").write_text(
-        json.dumps({"name": "forms", "pattern": data.PATTERN, "tokens": [base64.b64encode(token).decode() for token in tokens]})
+        json.dumps({"name": "forms", "pattern": prepare.PATTERN, "tokens": [base64.b64encode(token).decode() for token in tokens]})
     )
     rng = np.random.default_rng(0)
     ids = 256 + 4 * np.tile(rng.integers(0, 512, (4000, 1, 10)), (1, 3, 1)).ravel() + rng.integers(0, 4, 120_000)  # thrice, 10 apart
@@ -195,7 +157,7 @@ def test_a_word_in_another_case_or_without_its_space_is_masked_too_and_never_a_s
     maker = Episodes(open_corpus(tmp_path)[0], tokenizer, 40, 3, 2, 16, 0)
     contexts = np.lib.stride_tricks.sliding_window_view(maker.corpus.shards[0], 16)
     seen, several = set(), 0
-    for windows in maker.episode(0):
+    for windows in maker.episode(0)[1]:
         starts = []
         for window in windows:
             place = np.flatnonzero(((contexts == window) | (window == maker.mask_id)).all(1))
@@ -217,19 +179,22 @@ def test_every_occurrence_of_the_word_is_masked(toy, tmp_path):
     write_bin(tmp_path / "train.bin", 256 + np.tile(rng.integers(0, 2000, (3000, 1, 10)), (1, 3, 1)).ravel())
     write_bin(tmp_path / "val.bin", [1, 2])
     maker = Episodes(open_corpus(tmp_path)[0], data.load_tokenizer(str(toy)), 6, 3, 2, 16, 0)
-    ids = maker.episode(0)
+    _, ids = maker.episode(0)
     assert ((ids == maker.mask_id).sum(-1) >= 1).all() and ((ids == maker.mask_id).sum(-1) == 2).any()
 
 
 def test_episodes_are_a_pure_function_and_their_labels_mean_nothing_across_them(toy):
     a, b = episodes(toy), episodes(toy)
     b.episode(99)
-    assert np.array_equal(a.episode(7), b.episode(7))
-    assert not np.array_equal(a.episode(7), a.episode(8)) and not np.array_equal(a.episode(7), episodes(toy, seed=6).episode(7))
+    (words, seventh), (_, eighth) = a.episode(7), a.episode(8)
+    assert np.array_equal(seventh, b.episode(7)[1]) and np.array_equal(words, b.episode(7)[0])
+    assert not np.array_equal(seventh, eighth)
+    assert not np.array_equal(seventh, episodes(toy, seed=6).episode(7)[1])
     batch = a[[7, 8]]
-    assert torch.equal(batch.support[0], torch.from_numpy(a.episode(7)[:, :3])) and torch.equal(
-        batch.query[1], torch.from_numpy(a.episode(8)[:, 3:])
-    )
+    assert torch.equal(batch.support[0], torch.from_numpy(seventh[:, :3]))
+    assert torch.equal(batch.query[1], torch.from_numpy(eighth[:, 3:]))
+    assert batch.words.shape == (2, 6) and batch.words[0].tolist() == words.tolist()
+    assert batch.tokens == 2 * 6 * 5 * 16 and Sequences(a.corpus, 32, 3)[range(4)].tokens == 4 * 32
 
 
 def test_the_order_of_the_words_is_random(tmp_path, toy):
@@ -245,7 +210,7 @@ def test_the_order_of_the_words_is_random(tmp_path, toy):
     contexts = np.lib.stride_tricks.sliding_window_view(corpus, 15)
     orders = set()
     for index in range(4):
-        firsts = maker.episode(index)[:, 0, :15].astype("<u2")
+        firsts = maker.episode(index)[1][:, 0, :15].astype("<u2")
         orders.add(tuple(int(corpus[np.flatnonzero((contexts == first).all(1))[0] + 15]) for first in firsts))
     assert all(sorted(order) == [256, 257, 258, 259] for order in orders) and len(orders) > 1
 
@@ -254,84 +219,7 @@ def test_too_few_words_for_the_ways_are_told_with_the_numbers(toy):
     refuses(lambda: episodes(toy, ways=2000, window=32).episode(0), "ways = 2000 are needed", "windows of 32 tokens")
 
 
-# ---- preparing ----
-
-
-def prepare(tmp_path, **options):
-    data.prepare(Prepare(**({"out": str(tmp_path / "bins"), "vocab_size": 400} | options)))
-    tokenizer = data.load_tokenizer(str(tmp_path / "bins"))
-    train, val = open_corpus(tmp_path / "bins")
-    return tokenizer, train, val
-
-
-def test_sources_become_the_same_documents(tmp_path):
-    texts = [f"Document number {i} speaks of the number {i * i} and no other.\n\nIt has a second paragraph." for i in range(40)]
-    (tmp_path / "a.txt").write_text("\n\n\n".join(texts[:10]))
-    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
-        file.write("\n".join(json.dumps({"text": text}) for text in texts[10:20]) + "\n\n")
-    (tmp_path / "c").mkdir()
-    with gzip.open(tmp_path / "c" / "one.txt.gz", "wt") as file:
-        file.write("\n\n\n".join(texts[20:30]))
-    (tmp_path / "c" / "two.md").write_text("\n\n\n".join(texts[30:]))
-    (tmp_path / "c" / "skipped.html").write_text("<html>")
-    tokenizer, train, val = prepare(
-        tmp_path, source=",".join(str(tmp_path / name) for name in ("a.txt", "b.jsonl.gz", "c")), val_share=0.1, shard_tokens=500
-    )
-    assert len(train.shards) > 1
-
-    def split(corpus):
-        return "".join(tokenizer.decode(shard.tolist()) for shard in corpus.shards).split("<|endoftext|>")[1:]
-
-    assert split(train) == [text for i, text in enumerate(texts) if i % 10 != 9] and split(val["val"]) == texts[9::10]
-    meta = json.loads((tmp_path / "bins" / "meta.json").read_text())
-    assert meta["tokens"] == {"train": train.tokens, "val": val["val"].tokens} and 258 < meta["vocab_size"] == tokenizer.n_vocab <= 400
-    assert tokenizer.encode("<|mask|>", allowed_special="all") == [tokenizer.n_vocab - 1]
-
-
-def test_preparing_twice_gives_the_same_bytes_and_never_overwrites(tmp_path):
-    (tmp_path / "a.txt").write_text("\n\n\n".join(f"some words, and the word {i}" for i in range(300)))
-    for out in ("x", "y"):
-        data.prepare(Prepare(out=str(tmp_path / out), source=str(tmp_path / "a.txt"), vocab_size=300))
-    names = sorted(path.name for path in (tmp_path / "x").iterdir())
-    assert names == ["meta.json", "tokenizer.json", "train_000000.bin", "val_000000.bin"]
-    assert all((tmp_path / "x" / name).read_bytes() == (tmp_path / "y" / name).read_bytes() for name in names)
-    refuses(lambda: data.prepare(Prepare(out=str(tmp_path / "x"))), "is already there", "--out=")
-
-
-def test_a_failed_preparation_leaves_nothing_behind(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"txt": "not"}\n')
-    refuses(lambda: prepare(tmp_path, source=str(tmp_path / "a.jsonl")), "a.jsonl, line 2", "'text' field")
-    (tmp_path / "a.jsonl").write_text('{"text": 3}\n')
-    refuses(lambda: prepare(tmp_path, source=str(tmp_path / "a.jsonl")), "line 1", "is no text: 3")
-    refuses(lambda: prepare(tmp_path, source=str(tmp_path / "nowhere.txt")), "is no file or folder")
-    (tmp_path / "a.txt.gz").write_bytes(b"\x1f\x8b\x08 and no more")
-    refuses(lambda: prepare(tmp_path, source=str(tmp_path / "a.txt.gz")), "cannot read", "a.txt.gz")
-    (tmp_path / "a.txt.gz").unlink()
-    refuses(lambda: prepare(tmp_path, source=str(tmp_path / "a.jsonl"), val=str(tmp_path / "typo.txt")), "no file", "typo.txt")
-    refuses(lambda: prepare(tmp_path, source=str(tmp_path / "a.jsonl"), out=str(tmp_path / "a.jsonl" / "bins")), "cannot write")
-    (tmp_path / "a.jsonl").write_text('{"text": "one document"}\n')
-    refuses(lambda: prepare(tmp_path, source=str(tmp_path / "a.jsonl")), "fewer than 50 documents leave none for validation")
-    (tmp_path / "empty").mkdir()
-    refuses(lambda: prepare(tmp_path, source=str(tmp_path / "empty")), "holds no .txt, .md or .jsonl file")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "empty"]
-
-
-def test_a_long_text_without_blank_lines_is_cut_so_that_memory_stays_bounded(tmp_path):
-    for text in ("a line of text\n" * 200_000, "no line ends " * 200_000):
-        (tmp_path / "a.txt").write_text(text)
-        sizes = [len(part) for part in data.read_documents(tmp_path / "a.txt", "text")]
-        assert max(sizes) <= 2**17 and len(sizes) > 1 and sum(sizes) > len(text) - 100
-
-
-def test_max_tokens_stops_the_reading(tmp_path):
-    (tmp_path / "a.txt").write_text("\n\n\n".join("words " * 1000 for _ in range(3000)))
-    _, train, _ = prepare(tmp_path, source=str(tmp_path / "a.txt"), max_tokens=100_000)
-    assert 100_000 <= train.tokens < 1_000_000
-    (tmp_path / "v.txt").write_text("other words")
-    more = str(tmp_path / "more")
-    data.prepare(Prepare(out=more, source=str(tmp_path / "a.txt"), max_tokens=1000, val=str(tmp_path / "v.txt"), vocab_size=300))
-    train, val = open_corpus(more)
-    assert 1000 <= train.tokens < 1_000_000 and list(val) == ["v"], "the limit is on the training text alone"
+# ---- tokenizers ----
 
 
 def test_bins_of_unclear_names_are_not_left_out_in_silence(tmp_path):
@@ -343,7 +231,7 @@ def test_bins_of_unclear_names_are_not_left_out_in_silence(tmp_path):
 def test_a_tokenizer_file_of_another_kind_is_refused(tmp_path):
     for content in ('{"version": "1.0", "model": {}}', "{", "[]"):
         (tmp_path / "tokenizer.json").write_text(content)
-        refuses(lambda: data.load_tokenizer(str(tmp_path)), "is no tokenizer that data.py wrote")
+        refuses(lambda: data.load_tokenizer(str(tmp_path)), "is not a tokenizer that prepare.py wrote")
 
 
 def test_gpt2_offline_says_what_to_do(monkeypatch):
@@ -352,22 +240,6 @@ def test_gpt2_offline_says_what_to_do(monkeypatch):
 
     monkeypatch.setattr(data.tiktoken, "get_encoding", offline)
     refuses(lambda: data.load_tokenizer("gpt2"), "gpt2", "TIKTOKEN_CACHE_DIR")
-
-
-@pytest.mark.shared
-@pytest.mark.skipif(not SHARED.exists(), reason=f"{SHARED} is not there")
-def test_real_text_with_the_gpt2_tokenizer(tmp_path, monkeypatch):
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
-    corpus = SHARED / "corpus"
-    tokenizer, train, val = prepare(
-        tmp_path, source=f"{corpus}/state_union.train.txt", val=f"{corpus}/state_union.val.txt,{corpus}/inaugural.val.txt", tokenizer="gpt2"
-    )
-    assert tokenizer.n_vocab == 50258 and tokenizer.encode_single_token("<|mask|>") == 50257
-    assert list(val) == ["inaugural", "state_union"]
-    text = tokenizer.decode(np.concatenate(train.shards).tolist()).replace("<|endoftext|>", "\n").split()
-    assert text == (corpus / "state_union.train.txt").read_text().split()
-    ids = Episodes(train, tokenizer, 32, 4, 1, 64, 0).episode(0)
-    assert ids.shape == (32, 5, 64) and (ids[..., -1] == 50257).all()
 
 
 def test_toy_tokenizer_round_trip(toy, tmp_path):

@@ -1,5 +1,4 @@
 """eval_ner.py: reading, aligning, scoring, fine-tuning, downloading."""
-
 import base64
 import itertools
 import json
@@ -37,11 +36,13 @@ def tokenizer(toy):
 
 @pytest.fixture(scope="module")
 def treebanks(tmp_path_factory, toy):
-    """Two treebanks over the toy corpus's words whose tags can be learned: the vocabulary's first words are people, the next places,
-    the next organisations of two words."""
+    """Treebanks "one" and "two" over the toy corpus's words, with tags that can be learned.
+
+    The vocabulary's first words are people, the next are places, the next organisations of two words.
+    """
     folder, rng = tmp_path_factory.mktemp("uner"), random.Random(0)
-    spec = data.load_tokenizer(toy)
-    words = [spec.decode([256 + i]).strip() for i in range(200)]
+    encoding = data.load_tokenizer(toy)
+    words = [encoding.decode([256 + i]).strip() for i in range(200)]
 
     def sentence():
         for _ in range(rng.randint(2, 12)):
@@ -60,7 +61,9 @@ def treebanks(tmp_path_factory, toy):
         for split, n in (("train", 200), ("dev", 40), ("test", 40)):
             lines = []
             for i in range(n):
-                lines += [f"# sent_id = {i}", *(f"{j}\t{word}\t{tag}\t-\t-" for j, (word, tag) in enumerate(sentence(), 1)), ""]
+                lines.append(f"# sent_id = {i}")
+                lines += [f"{j}\t{word}\t{tag}\t-\t-" for j, (word, tag) in enumerate(sentence(), 1)]
+                lines.append("")
             (folder / f"{name}-ud-{split}.iob2").write_text("\n".join(lines))
     return folder
 
@@ -76,22 +79,41 @@ def run(toy, tmp_path):
     return out
 
 
-def evaluate(run, treebanks, *flags):
-    eval_ner.main([str(run), f"--data={treebanks}", "--device=cpu", "--dtype=float32", "--lr=3e-3", *flags])
+def read_results(run):
     return [json.loads(line) for line in (run / "ner.jsonl").read_text().splitlines()]
+
+
+def evaluate(run, treebanks, *flags):
+    """Runs eval_ner.py on the CPU in float32; all results that ner.jsonl then holds."""
+    eval_ner.main([str(run), f"--data={treebanks}", "--device=cpu", "--dtype=float32", "--lr=3e-3", *flags])
+    return read_results(run)
+
+
+def read_split(treebanks, name):
+    """The sentences of, for instance, "one-ud-dev"."""
+    return eval_ner.read_iob2(treebanks / f"{name}.iob2")
+
+
+def load_treebank(treebanks, name, tokenizer):
+    return eval_ner.Treebank(read_split(treebanks, name), tokenizer, MODEL.context, "first")
 
 
 # ---- reading ----
 
 
-def test_reads_what_is_published_in_all_its_forms(tmp_path):
-    """Blank lines that hold a tab, Windows line ends, a byte-order mark, 3 to 5 columns, spaces and odd line separators within words."""
+def test_reads_every_form_of_the_published_files(tmp_path):
+    """Blank lines that hold a tab, Windows line ends, a byte-order mark, 3 to 5 columns.
+
+    Words may contain spaces and unusual line separators.
+    """
     path = tmp_path / "a.iob2"
-    path.write_bytes(
-        "\ufeff# newdoc id = 1\n# sent_id = 1\n1\t国际\tB-ORG\t-\tlinpq\n2\t北极\tI-ORG\t-\tlinpq\n3\t。\tO\t-\t-\n\t\n"
+    path.write_bytes((
+        "\ufeff# newdoc id = 1\n# sent_id = 1\n"
+        "1\t国际\tB-ORG\t-\tlinpq\n2\t北极\tI-ORG\t-\tlinpq\n3\t。\tO\t-\t-\n\t\n"
         "# text = x\r\n1\tОбамы\tB-PER\r\n2\t20 000\tO\tO#O\ts\r\n\r\n\n\n"
-        "1\t#\tO\n2\ta\u2028b\x85c\tB-OTH\n3\td\tI-OTH\n4\te\tB-O\n5\tf\tI-LOC\n# comment\n6\tg\tI-O\n\n# the end".encode()
-    )
+        "1\t#\tO\n2\ta\u2028b\x85c\tB-OTH\n3\td\tI-OTH\n4\te\tB-O\n5\tf\tI-LOC\n"
+        "# comment\n6\tg\tI-O\n\n# the end"
+    ).encode())
     assert eval_ner.read_iob2(path) == [
         (["国际", "北极", "。"], ["B-ORG", "I-ORG", "O"]),
         (["Обамы", "20 000"], ["B-PER", "O"]),
@@ -99,20 +121,24 @@ def test_reads_what_is_published_in_all_its_forms(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("line", ["1 Anna B-PER", "1\tAnna", "1\tAnna\tPER", "1\tAnna\tB-MISC", "1\tAnna\tb-per", "1\t\tO", "<html>"])
+@pytest.mark.parametrize(
+    "line",
+    ["1 Anna B-PER", "1\tAnna", "1\tAnna\tPER", "1\tAnna\tB-MISC", "1\tAnna\tb-per", "1\t\tO", "<html>"],
+)
 def test_a_malformed_line_is_named(tmp_path, line):
     path = tmp_path / "a.iob2"
     path.write_text(f"# c\n1\tok\tO\n\n{line}\n")
     with pytest.raises(UserError) as error:
         eval_ner.read_iob2(path)
-    assert f"{path}, line 4" in str(error.value) and repr(line) in str(error.value) and "\n" not in str(error.value)
+    message = str(error.value)
+    assert f"{path}, line 4" in message and repr(line) in message and "\n" not in message
     path.write_bytes(b"1\t\xff\tO\n")
     with pytest.raises(UserError, match="cannot read .*a.iob2"):
         eval_ner.read_iob2(path)
 
 
-# From the .stats files beside the treebanks: sentences, words, spans. Those of en_pud and tl_trg count annotations from before a
-# later correction of the .iob2 files: their spans are left out. da_ddt and hr_set have none.
+# From the .stats files beside the treebanks: sentences, words, spans. Those of en_pud and tl_trg predate
+# a correction of the .iob2 files, so their spans are left out. da_ddt and hr_set have no .stats file.
 STATS = {
     "ceb_gja-ud-test": (188, 1295, {"LOC": 6, "PER": 42, "ORG": 1}),
     "en_ewt-ud-dev": (2001, 25149, {"LOC": 399, "PER": 343, "ORG": 224}),
@@ -130,16 +156,16 @@ STATS = {
 @shared
 @pytest.mark.parametrize("name", STATS)
 def test_counts_are_those_published(name):
-    sentences = eval_ner.read_iob2(UNER / f"{name}.iob2")
-    found = Counter(tag[2:] for _, tags in sentences for tag in tags if tag.startswith("B-"))
+    sentences = read_split(UNER, name)
+    span_counts = Counter(tag[2:] for _, tags in sentences for tag in tags if tag.startswith("B-"))
     n_sentences, n_words, n_spans = STATS[name]
     assert (len(sentences), sum(len(words) for words, _ in sentences)) == (n_sentences, n_words)
-    assert n_spans is None or found == n_spans
+    assert n_spans is None or span_counts == n_spans
 
 
 @pytest.mark.shared
 @shared
-def test_every_file_at_hand_reads():
+def test_all_shared_files_are_read():
     paths = sorted(UNER.glob("*.iob2"))
     assert len(paths) >= 17
     for path in paths:
@@ -157,14 +183,14 @@ def random_tags(rng, sentences, weights):
     return [rng.choices(TAGS, weights, k=rng.randint(1, 15)) for _ in range(sentences)]
 
 
-@pytest.mark.parametrize("o", [1, 5, 20])
+@pytest.mark.parametrize("weight_of_o", [1, 5, 20])
 @pytest.mark.parametrize("strict", [False, True])
-def test_span_f1_equals_seqeval(strict, o):
-    """On random tags, most of which are no well-formed IOB2, and on predictions that are partly right."""
+def test_span_f1_equals_seqeval(strict, weight_of_o):
+    """On random tags, most of which are not well-formed IOB2, and on predictions that are partly correct."""
     options = {"mode": "strict", "scheme": IOB2} if strict else {}
     for seed in range(30):
         rng = random.Random(seed)
-        true = random_tags(rng, 20, [o, 1, 1, 1, 1, 1, 1])
+        true = random_tags(rng, 20, [weight_of_o, 1, 1, 1, 1, 1, 1])
         pred = [[tag if rng.random() < 0.8 else rng.choice(TAGS) for tag in tags] for tags in true]
         ours = eval_ner.span_f1(true, pred, strict)
         for key, theirs in (("f1", f1_score), ("precision", precision_score), ("recall", recall_score)):
@@ -179,15 +205,17 @@ def test_span_f1_equals_seqeval(strict, o):
 
 @pytest.mark.parametrize(
     "tags",
-    ["I-PER I-PER", "B-PER I-LOC I-PER", "O I-ORG O", "B-PER B-PER I-PER", "I-LOC B-LOC I-LOC", "B-ORG O I-ORG", "I-PER I-LOC B-LOC",
-     "O O"],
+    [
+        "I-PER I-PER", "B-PER I-LOC I-PER", "O I-ORG O", "B-PER B-PER I-PER", "I-LOC B-LOC I-LOC",
+        "B-ORG O I-ORG", "I-PER I-LOC B-LOC", "O O",
+    ],
 )
 def test_span_f1_of_ill_formed_tags_equals_seqeval(tags):
     tags = tags.split()
     for other in (tags, tags[::-1], ["O"] * len(tags), ["B-PER"] + ["I-PER"] * (len(tags) - 1)):
         for strict, options in ((False, {}), (True, {"mode": "strict", "scheme": IOB2})):
             if strict and all(tag == "O" for tag in tags + other):
-                continue  # seqeval fails where there is no span at all
+                continue  # seqeval fails without any span
             ours = eval_ner.span_f1([tags, ["I-PER"]], [other, ["O"]], strict)
             theirs = f1_score([tags, ["I-PER"]], [other, ["O"]], zero_division=0, **options)
             assert ours["f1"] == pytest.approx(theirs, abs=1e-12), (other, strict)
@@ -195,7 +223,8 @@ def test_span_f1_of_ill_formed_tags_equals_seqeval(tags):
 
 def test_span_f1_without_spans_is_zero_and_lengths_must_agree():
     scores = eval_ner.span_f1([["O", "O"]], [["O", "O"]])
-    assert scores["f1"] == scores["precision"] == scores["recall"] == 0 and set(scores["per_type"]) == set(TYPES)
+    assert scores["f1"] == scores["precision"] == scores["recall"] == 0
+    assert set(scores["per_type"]) == set(TYPES)
     with pytest.raises(ValueError, match="2 true tags and 1"):
         eval_ner.span_f1([["O", "O"]], [["O"]])
 
@@ -204,30 +233,33 @@ def test_span_f1_without_spans_is_zero_and_lengths_must_agree():
 
 
 def check_windows(sentences, tokenizer, context, label):
-    """Every word is read once, where its first or last sub-token lies, in a window that is a stretch of its sentence."""
+    """Each word is tagged once, at its first or last sub-token, in a window that is part of its sentence."""
     windows = eval_ner.cut(sentences, tokenizer, context, label)
-    flat = [tokenizer.encode_ordinary(" " + word)[:context] for words, _ in sentences for word in words]
-    begins = set(itertools.accumulate(len(words) for words, _ in sentences))  # numbers of the first words of sentences
-    assert [number for window in windows for number in window.words] == list(range(len(flat)))
+    tokens = [tokenizer.encode_ordinary(" " + word)[:context] for words, _ in sentences for word in words]
+    sentence_ends = set(itertools.accumulate(len(words) for words, _ in sentences))  # in words
+    assert [number for window in windows for number in window.words] == list(range(len(tokens)))
     for window in windows:
-        assert len(window.ids) <= context and len(window.at) == len(window.words) > 0
-        for position, number in zip(window.at, window.words):
-            end = position + (len(flat[number]) if label == "first" else 1)
-            assert window.ids[end - len(flat[number]):end] == flat[number]
-        if len(window.ids) < context:  # the rest of the sentence would not have fitted, or there is none
+        assert len(window.ids) <= context and len(window.positions) == len(window.words) > 0
+        for position, number in zip(window.positions, window.words):
+            end = position + (len(tokens[number]) if label == "first" else 1)
+            assert window.ids[end - len(tokens[number]):end] == tokens[number]
+        if len(window.ids) < context:  # the sentence ends here, or its next word would not have fitted
             following = window.words[-1] + 1
-            assert following in begins or len(window.ids) + len(flat[following]) > context
+            assert following in sentence_ends or len(window.ids) + len(tokens[following]) > context
 
 
 @pytest.mark.parametrize("label", ["first", "last"])
-def test_every_word_is_read_once_where_its_sub_token_lies(tokenizer, label):
+def test_each_word_is_tagged_once_at_its_sub_token(tokenizer, label):
     """Random words of any script, of one to hundreds of sub-tokens, in sentences of any length."""
+    alphabets = ["abcdefghij", "зиклмн", "国际北极研究", "🙂👍", " -'.", "éßø", "\u200d\u2028"]
     for seed in range(40):
         rng = random.Random(seed)
-        alphabets = ["abcdefghij", "зиклмн", "国际北极研究", "🙂👍", " -'.", "éßø", "\u200d\u2028"]
         sentences = []
         for _ in range(rng.randint(1, 8)):
-            words = ["".join(rng.choices(rng.choice(alphabets), k=rng.choice([1, 2, 5, 9, 60]))) for _ in range(rng.choice([1, 3, 30, 90]))]
+            words = []
+            for _ in range(rng.choice([1, 3, 30, 90])):
+                letters = rng.choices(rng.choice(alphabets), k=rng.choice([1, 2, 5, 9, 60]))
+                words.append("".join(letters))
             sentences.append((words, ["O"] * len(words)))
         check_windows(sentences, tokenizer, rng.choice([2, 5, 24, 128]), label)
 
@@ -235,26 +267,27 @@ def test_every_word_is_read_once_where_its_sub_token_lies(tokenizer, label):
 def test_a_long_sentence_is_read_with_what_came_before(tokenizer):
     words = [tokenizer.decode([256 + i]).strip() for i in range(60)]  # each one sub-token
     windows = eval_ner.cut([(words, ["O"] * 60)], tokenizer, 24, "first")
-    assert [window.words[0] for window in windows] == [0, 24, 36, 48] and [window.at[0] for window in windows] == [0, 12, 12, 12]
+    assert [window.words[0] for window in windows] == [0, 24, 36, 48]
+    assert [window.positions[0] for window in windows] == [0, 12, 12, 12]
 
 
 @pytest.mark.shared
 @shared
 @pytest.mark.parametrize("context", [16, 128])
-def test_every_word_of_the_real_treebanks_is_read_once(tokenizer, context):
+def test_each_word_of_the_real_treebanks_is_tagged_once(tokenizer, context):
     for name in ("da_ddt-ud-dev", "hr_set-ud-test", "sk_snk-ud-dev", "pt_bosque-ud-test", "ceb_gja-ud-test"):
-        sentences = eval_ner.read_iob2(UNER / f"{name}.iob2")
-        check_windows(sentences, tokenizer, context, "first")
+        check_windows(read_split(UNER, name), tokenizer, context, "first")
 
 
 @pytest.mark.shared
 @shared
 def test_batches_waste_little_on_padding_and_hold_every_sentence(tokenizer):
-    windows = eval_ner.cut(eval_ner.read_iob2(UNER / "da_ddt-ud-train.iob2"), tokenizer, 128, "first")
+    windows = eval_ner.cut(read_split(UNER, "da_ddt-ud-train"), tokenizer, 128, "first")
     first, second = (eval_ner.batches(windows, 16, torch.Generator().manual_seed(seed)) for seed in (1, 2))
     assert eval_ner.padding(first) < 0.2
-    for found in (first, eval_ner.batches(windows, 16)):
-        assert sorted(window.words[0] for batch in found for window in batch) == [window.words[0] for window in windows]
+    for batches in (first, eval_ner.batches(windows, 16)):
+        batched = sorted(window.words[0] for batch in batches for window in batch)
+        assert batched == [window.words[0] for window in windows]
     assert first != second
 
 
@@ -262,45 +295,51 @@ def test_batches_waste_little_on_padding_and_hold_every_sentence(tokenizer):
 def test_features_of_a_batch_equal_those_of_each_sentence_alone(treebanks, tokenizer, bidirectional):
     """Padding must not be seen: causal, it lies behind; bidirectional, it is masked."""
     decoder = Decoder(MODEL, torch.Generator().manual_seed(1)).eval()
-    windows = eval_ner.cut(eval_ner.read_iob2(treebanks / "one-ud-dev.iob2"), tokenizer, MODEL.context, "last")
-    together = eval_ner.read_words(decoder, windows[:9], bidirectional, torch.float32)
-    T = max(len(window.ids) for window in windows[:9])
-    assert len({len(window.ids) for window in windows[:9]}) > 3
+    windows = eval_ner.cut(read_split(treebanks, "one-ud-dev"), tokenizer, MODEL.context, "last")[:9]
+    together = eval_ner.read_words(decoder, windows, bidirectional, torch.float32)
+    lengths = [len(window.ids) for window in windows]
+    assert len(set(lengths)) > 3
     alone = []
-    for window in windows[:9]:
+    for window in windows:
         ids = torch.tensor([window.ids])
         rope = decoder.model.positions(ids.shape[1])
         x = decoder.model.embed_tokens(ids)
         mask = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool)
         for layer in decoder.model.layers:
             x = layer(x, *rope, mask if bidirectional else mask.tril())
-        alone.append(decoder.model.norm(x)[0, window.at])
+        alone.append(decoder.model.norm(x)[0, window.positions])
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+    # Another last sub-token reaches the first word's features only without the causal mask.
     changed = windows[0]._replace(ids=windows[0].ids[:-1] + [5])
-    moved = (eval_ner.read_words(decoder, [changed], bidirectional, torch.float32)[0] - together[0]).abs().max()
-    assert (moved > 1e-6) == bidirectional and T > 1
+    features = eval_ner.read_words(decoder, [changed], bidirectional, torch.float32)
+    difference = (features[0] - together[0]).abs().max()
+    assert (difference > 1e-6) == bidirectional and max(lengths) > 1
 
 
 # ---- fine-tuning ----
 
 
 def test_full_learns_what_can_be_learned(run, treebanks):
-    full = evaluate(run, treebanks, "--train=one", "--test=one,two", "--mode=full", "--seeds=2")
-    assert [(line["test"], line["seed"]) for line in full] == [("one", 1), ("two", 1), ("one", 2), ("two", 2)]
-    assert all(line["f1"] > 0.9 for line in full), [line["f1"] for line in full]
-    line = full[0]
-    assert line["checkpoint"].endswith("run/ckpt_000007.pt") and (line["step"], line["mode"], line["train"]) == (7, "full", "one")
-    assert set(line["per_type"]) == set(TYPES) and line["per_type"]["PER"]["support"] > 0 and 0 < line["f1_strict"] <= 1
-    words = sum(len(words) for words, _ in eval_ner.read_iob2(treebanks / "one-ud-test.iob2"))
-    assert line["words"] == words
+    results = evaluate(run, treebanks, "--train=one", "--test=one,two", "--mode=full", "--seeds=2")
+    tests_and_seeds = [(result["test"], result["seed"]) for result in results]
+    assert tests_and_seeds == [("one", 1), ("two", 1), ("one", 2), ("two", 2)]
+    assert all(result["f1"] > 0.9 for result in results), [result["f1"] for result in results]
+    first = results[0]
+    assert first["checkpoint"].endswith("run/ckpt_000007.pt")
+    assert (first["step"], first["mode"], first["train"]) == (7, "full", "one")
+    assert set(first["per_type"]) == set(TYPES) and first["per_type"]["PER"]["support"] > 0
+    assert 0 < first["f1_strict"] <= 1
+    assert first["words"] == sum(len(words) for words, _ in read_split(treebanks, "one-ud-test"))
 
 
-def test_same_seed_same_result_other_seed_another(run, treebanks, tmp_path):
+def test_same_seed_same_result_other_seed_another(run, treebanks):
     for mode in ("head", "full"):
         flags = ("--train=one", "--test=two", f"--mode={mode}", "--epochs=2")
         evaluate(run, treebanks, *flags, "--seeds=2")
-        first, second = evaluate(run, treebanks, *flags, "--seeds=1")[-3:-1], json.loads((run / "ner.jsonl").read_text().splitlines()[-1])
-        assert first[0] == second and (first[0]["f1"], first[0]["dev_f1"]) != (first[1]["f1"], first[1]["dev_f1"])
+        seed_1, seed_2, seed_1_again = evaluate(run, treebanks, *flags, "--seeds=1")[-3:]
+        assert seed_1 == seed_1_again
+        assert (seed_1["f1"], seed_1["dev_f1"]) != (seed_2["f1"], seed_2["dev_f1"])
 
 
 def test_head_mode_trains_what_a_frozen_backbone_would(run, treebanks, tokenizer):
@@ -308,48 +347,60 @@ def test_head_mode_trains_what_a_frozen_backbone_would(run, treebanks, tokenizer
     decoder = checkpoint.load_model(run)
     before = {name: p.clone() for name, p in decoder.state_dict().items()}
     cfg = eval_ner.Config(mode="head", lr=1e-2, epochs=2)
-    sets = []
-    for split in ("train", "dev"):
-        sets.append(eval_ner.Treebank(eval_ner.read_iob2(treebanks / f"one-ud-{split}.iob2"), tokenizer, MODEL.context, "first"))
-    live = eval_ner.fine_tune(decoder, *sets, cfg, 1, torch.float32, lambda line: None)
-    for treebank in sets:
-        eval_ner.freeze(decoder, treebank, cfg, torch.float32)
-    cached = eval_ner.fine_tune(decoder, *sets, cfg, 1, torch.float32, lambda line: None)
-    torch.testing.assert_close(live[0].weight, cached[0].weight, rtol=1e-4, atol=1e-5)
+    train, dev = (load_treebank(treebanks, f"one-ud-{split}", tokenizer) for split in ("train", "dev"))
+    live, _, _ = eval_ner.fine_tune(decoder, train, dev, cfg, 1, torch.float32, lambda line: None)
+    for treebank in (train, dev):
+        eval_ner.cache_features(decoder, treebank, cfg, torch.float32)
+    cached, _, _ = eval_ner.fine_tune(decoder, train, dev, cfg, 1, torch.float32, lambda line: None)
+    torch.testing.assert_close(live.weight, cached.weight, rtol=1e-4, atol=1e-5)
     assert all(torch.equal(p, before[name]) for name, p in decoder.state_dict().items())
 
 
 @pytest.mark.parametrize("mode", ["head", "full"])
-def test_the_best_epoch_is_scored_and_patience_ends_it(run, treebanks, tokenizer, monkeypatch, mode):
-    """Dev F1 by epoch 0.2, 0.5, 0.4, 0.3: with a patience of 2 the fourth epoch is the last and the second is kept, backbone and head.
-    While F1 is 0 the loss decides."""
-    bank = eval_ner.Treebank(eval_ner.read_iob2(treebanks / "one-ud-dev.iob2"), tokenizer, MODEL.context, "first")
-    for scores, best, n in (([(0.2, 1), (0.5, 1), (0.4, 1), (0.3, 1), (0.9, 1)], 2, 4), ([(0, 3), (0, 2), (0, 1), (0, 2), (0, 2)], 3, 5)):
-        seen, results, decoder = [], iter(scores), checkpoint.load_model(run)
+@pytest.mark.parametrize(
+    ("scores", "best", "epochs"),  # (dev F1, dev loss) of each epoch; the epoch to keep; epochs to train
+    [
+        ([(0.2, 1), (0.5, 1), (0.4, 1), (0.3, 1), (0.9, 1)], 2, 4),
+        ([(0, 3), (0, 2), (0, 1), (0, 2), (0, 2)], 3, 5),
+    ],
+)
+def test_the_best_epoch_is_kept_and_patience_ends_training(
+    run, treebanks, tokenizer, monkeypatch, mode, scores, best, epochs
+):
+    """Patience is 2. Head and backbone are those of the best epoch; while F1 is 0 the loss decides."""
+    treebank = load_treebank(treebanks, "one-ud-dev", tokenizer)
+    decoder = checkpoint.load_model(run)
+    weights, remaining = [], iter(scores)
 
-        def predict(decoder, head, *rest):
-            f1, loss = next(results)
-            seen.append([head.weight.detach().clone(), decoder.model.layers[0].mlp.up_proj.weight.detach().clone()])
-            monkeypatch.setattr(bank, "score", lambda predicted: {"f1": f1}, raising=False)
-            return bank.tags, loss
+    def backbone_weight():
+        return decoder.model.layers[0].mlp.up_proj.weight.detach().clone()
 
-        monkeypatch.setattr(eval_ner, "predict", predict)
-        cfg = eval_ner.Config(mode=mode, patience=2, lr=1e-2)
-        head, epoch, f1 = eval_ner.fine_tune(decoder, bank, bank, cfg, 1, torch.float32, lambda line: None)
-        assert (epoch, f1, len(seen)) == (best, scores[best - 1][0], n)
-        assert torch.equal(head.weight, seen[best - 1][0]) and not torch.equal(head.weight, seen[-1][0])
-        backbone = decoder.model.layers[0].mlp.up_proj.weight
-        assert torch.equal(backbone, seen[best - 1][1]) and torch.equal(backbone, seen[-1][1]) == (mode == "head")
+    def predict(decoder, head, *rest):
+        f1, loss = next(remaining)
+        weights.append((head.weight.detach().clone(), backbone_weight()))
+        monkeypatch.setattr(treebank, "score", lambda predicted: {"f1": f1}, raising=False)
+        return treebank.tags, loss
+
+    monkeypatch.setattr(eval_ner, "predict", predict)
+    cfg = eval_ner.Config(mode=mode, patience=2, lr=1e-2)
+    head, epoch, f1 = eval_ner.fine_tune(
+        decoder, treebank, treebank, cfg, 1, torch.float32, lambda line: None
+    )
+    assert (epoch, f1, len(weights)) == (best, scores[best - 1][0], epochs)
+    (best_head, best_backbone), (last_head, last_backbone) = weights[best - 1], weights[-1]
+    assert torch.equal(head.weight, best_head) and not torch.equal(head.weight, last_head)
+    assert torch.equal(backbone_weight(), best_backbone)
+    assert torch.equal(backbone_weight(), last_backbone) == (mode == "head")
 
 
 def test_fine_tuning_is_adamw_with_linear_decay_and_clipping(run, treebanks, tokenizer):
-    """Against a loop written down independently: the whole backbone in 16 sentences a batch, 3 epochs."""
-    bank = eval_ner.Treebank(eval_ner.read_iob2(treebanks / "one-ud-dev.iob2"), tokenizer, MODEL.context, "first")
+    """Against an independent loop: the whole backbone in 16 sentences a batch, 3 epochs."""
+    treebank = load_treebank(treebanks, "one-ud-dev", tokenizer)
     cfg = eval_ner.Config(lr=1e-4, epochs=3, batch_size=16)
     decoder, other = checkpoint.load_model(run), checkpoint.load_model(run)
-    best = []
-    head, epoch, _ = eval_ner.fine_tune(decoder, bank, bank, cfg, 5, torch.float32, best.append)
-    assert epoch == 3 and [line["step"] for line in best] == [3, 6, 9]
+    lines = []
+    head, epoch, _ = eval_ner.fine_tune(decoder, treebank, treebank, cfg, 5, torch.float32, lines.append)
+    assert epoch == 3 and [line["step"] for line in lines] == [3, 6, 9]
 
     generator = torch.Generator().manual_seed(5)
     weight = (0.02 * torch.randn(7, 32, generator=generator)).requires_grad_()
@@ -358,164 +409,191 @@ def test_fine_tuning_is_adamw_with_linear_decay_and_clipping(run, treebanks, tok
     optimizer = torch.optim.AdamW(params, lr=1.0, weight_decay=0.0, fused=True)
     for step in range(9):
         if step % 3 == 0:
-            order = eval_ner.batches(bank.windows, 16, generator)
+            order = eval_ner.batches(treebank.windows, 16, generator)
         x = eval_ner.read_words(other, order[step % 3], False, torch.float32)
         words = [word for window in order[step % 3] for word in window.words]
         optimizer.param_groups[0]["lr"] = 1e-4 * (9 - step) / 9
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(x @ weight.T + bias, bank.tags[words]).backward()
+        torch.nn.functional.cross_entropy(x @ weight.T + bias, treebank.tags[words]).backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
     torch.testing.assert_close(head.weight, weight, rtol=1e-5, atol=1e-7)
     ours, theirs = (d.model.layers[1].mlp.down_proj.weight for d in (decoder, other))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
-    assert len(order) == 3 and order != eval_ner.batches(bank.windows, 16, torch.Generator().manual_seed(6))
+    assert len(order) == 3
+    assert order != eval_ner.batches(treebank.windows, 16, torch.Generator().manual_seed(6))
 
 
 @pytest.fixture
-def spy(monkeypatch):
-    """Records what `main` hands to `fine_tune`: (training sentences, dev sentences, a weight of the backbone at the start)."""
-    calls, real = [], eval_ner.fine_tune
+def fine_tune_calls(monkeypatch):
+    """(training sentences, dev sentences, initial weight of a backbone layer) of each call to `fine_tune`."""
+    calls, original = [], eval_ner.fine_tune
 
     def fine_tune(decoder, train, dev, *rest):
-        calls.append((train.sentences, dev.sentences, decoder.model.layers[0].mlp.up_proj.weight.detach().clone()))
-        return real(decoder, train, dev, *rest)
+        weight = decoder.model.layers[0].mlp.up_proj.weight.detach().clone()
+        calls.append((train.sentences, dev.sentences, weight))
+        return original(decoder, train, dev, *rest)
 
     monkeypatch.setattr(eval_ner, "fine_tune", fine_tune)
     return calls
 
 
-def test_every_seed_starts_from_the_checkpoint_and_dev_chooses_the_epoch(run, treebanks, spy):
+def test_every_seed_starts_from_the_checkpoint_and_dev_chooses_the_epoch(run, treebanks, fine_tune_calls):
     evaluate(run, treebanks, "--train=one", "--test=two", "--seeds=2", "--epochs=1")
     weight = checkpoint.load_model(run).model.layers[0].mlp.up_proj.weight
-    for train, dev, start in spy:
-        assert train == eval_ner.read_iob2(treebanks / "one-ud-train.iob2") and dev == eval_ner.read_iob2(treebanks / "one-ud-dev.iob2")
-        assert torch.equal(start, weight)
+    assert len(fine_tune_calls) == 2
+    for train, dev, initial_weight in fine_tune_calls:
+        assert train == read_split(treebanks, "one-ud-train")
+        assert dev == read_split(treebanks, "one-ud-dev")
+        assert torch.equal(initial_weight, weight)
 
 
-def test_shots_are_drawn_anew_by_each_seed_from_all_training_treebanks(run, treebanks, spy):
-    lines = evaluate(run, treebanks, "--train=one,two", "--test=two", "--seeds=2", "--epochs=1", "--mode=head", "--shots=30")
-    every = sum((eval_ner.read_iob2(treebanks / f"{name}-ud-train.iob2") for name in ("one", "two")), [])
-    (first, _, _), (second, _, _) = spy
-    assert len(first) == len(second) == 30 and first != second and all(sentence in every for sentence in first + second)
-    assert {every.index(sentence) < 200 for sentence in first} == {True, False} and first != every[:30]
-    assert lines[0]["shots"] == lines[0]["sentences"] == 30
+def test_each_seed_draws_its_shots_from_all_training_treebanks(run, treebanks, fine_tune_calls):
+    flags = ("--seeds=2", "--epochs=1", "--mode=head", "--shots=30")
+    results = evaluate(run, treebanks, "--train=one,two", "--test=two", *flags)
+    sentences = read_split(treebanks, "one-ud-train") + read_split(treebanks, "two-ud-train")
+    (first, _, _), (second, _, _) = fine_tune_calls
+    assert len(first) == len(second) == 30 and first != second
+    assert all(sentence in sentences for sentence in first + second)
+    assert {sentences.index(sentence) < 200 for sentence in first} == {True, False}
+    assert first != sentences[:30]
+    assert results[0]["shots"] == results[0]["sentences"] == 30
 
 
 def test_label_and_bidirectional_change_what_is_read(run, treebanks, tmp_path, monkeypatch):
-    for path in treebanks.iterdir():  # words of several sub-tokens
-        lines = (line.split("\t") for line in path.read_text().split("\n"))
-        (tmp_path / path.name).write_text("\n".join("\t".join([f[0], "x" + f[1], *f[2:]]) if len(f) > 1 else f[0] for f in lines))
-    losses = []
-    monkeypatch.setattr(eval_ner, "start_wandb", lambda *args: (lambda line: losses.append(line.get("ner/seed1/dev_loss")), lambda: None))
+    for path in treebanks.iterdir():  # an x before each word makes words of several sub-tokens
+        rows = [line.split("\t") for line in path.read_text().split("\n")]
+        rows = [[row[0], "x" + row[1], *row[2:]] if len(row) > 1 else row for row in rows]
+        (tmp_path / path.name).write_text("\n".join("\t".join(row) for row in rows))
+    sent = []
+    monkeypatch.setattr(eval_ner, "start_wandb", lambda *args: (sent.append, lambda: None))
     for mode in ("head", "full"):
         for flags in ([], ["--label=last"], ["--bidirectional"], ["--label=last", "--bidirectional"]):
-            line = evaluate(run, tmp_path, "--train=one", "--test=two", "--epochs=1", f"--mode={mode}", *flags)[-1]
-            assert (line["label"], line["bidirectional"]) == ("last" if "--label=last" in flags else "first", "--bidirectional" in flags)
-    assert len({loss for loss in losses if loss is not None}) == 8, losses
+            common = ("--train=one", "--test=two", "--epochs=1", f"--mode={mode}")
+            result = evaluate(run, tmp_path, *common, *flags)[-1]
+            assert result["label"] == ("last" if "--label=last" in flags else "first")
+            assert result["bidirectional"] == ("--bidirectional" in flags)
+    losses = {line["ner/seed1/dev_loss"] for line in sent if "ner/seed1/dev_loss" in line}
+    assert len(losses) == 8, losses
 
 
 def test_the_table_shows_means_and_sample_deviations():
     def result(f1, precision, recall):
-        return {"f1": f1, "precision": precision, "recall": recall,
-                "per_type": {kind: {"f1": f1 / 2, "support": 10} for kind in TYPES}}
+        per_type = {name: {"f1": f1 / 2, "support": 10} for name in TYPES}
+        return {"f1": f1, "precision": precision, "recall": recall, "per_type": per_type}
 
     lines = eval_ner.table({"da_ddt": [result(0.2, 0.3, 0.1), result(0.4, 0.5, 0.3)]}).splitlines()
     assert lines[0].split() == "| test | precision | recall | F1 | F1 PER | F1 ORG | F1 LOC | spans |".split()
-    assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == ["da_ddt", "40.0 ± 14.1", "20.0 ± 14.1", "30.0 ± 14.1",
-                                                                  *["15.0 ± 7.1"] * 3, "30"]
+    cells = [cell.strip() for cell in lines[2].split("|")[1:-1]]
+    assert cells == ["da_ddt", "40.0 ± 14.1", "20.0 ± 14.1", "30.0 ± 14.1", *["15.0 ± 7.1"] * 3, "30"]
     assert "±" not in eval_ner.table({"da_ddt": [result(0.2, 0.3, 0.1)]})
 
 
 def test_scores_go_to_wandb(run, treebanks, monkeypatch):
-    sent = []
-    monkeypatch.setattr(eval_ner, "start_wandb", lambda cfg, name, folder: (sent.append, lambda: sent.append(name)))
-    lines = evaluate(run, treebanks, "--train=one", "--test=two", "--epochs=1", "--mode=head", "--seeds=2")
-    keys = {key: value for line in sent[:-1] for key, value in line.items()}
-    assert keys["ner/seed2/two/f1"] == lines[1]["f1"] and keys["ner/seed1/dev_f1"] == lines[0]["dev_f1"] and sent[-1] == "run-ner-head-one"
+    sent, finished = [], []
+
+    def start_wandb(cfg, name, folder):
+        return sent.append, lambda: finished.append(name)
+
+    monkeypatch.setattr(eval_ner, "start_wandb", start_wandb)
+    flags = ("--epochs=1", "--mode=head", "--seeds=2")
+    results = evaluate(run, treebanks, "--train=one", "--test=two", *flags)
+    metrics = {key: value for line in sent for key, value in line.items()}
+    assert metrics["ner/seed2/two/f1"] == results[1]["f1"]
+    assert metrics["ner/seed1/dev_f1"] == results[0]["dev_f1"]
+    assert finished == ["run-ner-head-one"]
 
 
-def test_majority_tags_each_word_as_most_often_seen(run, treebanks):
-    (line,) = evaluate(run, treebanks, "--train=one", "--test=two", "--mode=majority")
+def test_majority_gives_each_word_its_most_frequent_tag(run, treebanks):
+    (result,) = evaluate(run, treebanks, "--train=one", "--test=two", "--mode=majority")
     counts = {}
-    for words, tags in eval_ner.read_iob2(treebanks / "one-ud-train.iob2"):
+    for words, tags in read_split(treebanks, "one-ud-train"):
         for word, tag in zip(words, tags):
             counts.setdefault(word, Counter())[tag] += 1
-    test = eval_ner.read_iob2(treebanks / "two-ud-test.iob2")
-    pred = [[counts[word].most_common(1)[0][0] if word in counts else "O" for word in words] for words, _ in test]
-    assert line["f1"] == f1_score([tags for _, tags in test], pred) > 0.9
+    tag_of = {word: count.most_common(1)[0][0] for word, count in counts.items()}
+    test = read_split(treebanks, "two-ud-test")
+    pred = [[tag_of.get(word, "O") for word in words] for words, _ in test]
+    assert result["f1"] == f1_score([tags for _, tags in test], pred) > 0.9
 
 
 def test_lists_all_shots_and_held_out_sentences(run, treebanks, capsys):
-    evaluate(run, treebanks, "--train=one,two", "--test=two", "--epochs=1", "--mode=head")
+    flags = ("--epochs=1", "--mode=head")
+    evaluate(run, treebanks, "--train=one,two", "--test=two", *flags)
     assert "train one,two: 400 sentences" in capsys.readouterr().out
-    lines = evaluate(run, treebanks, "--train=two", "--test=one", "--epochs=1", "--mode=head", "--shots=8", "--seeds=2", "--lr=0.1")
-    out = capsys.readouterr().out
-    assert lines[-1]["shots"] == 8 and "(8 sentences), mean ± standard deviation of 2 seeds" in out
+    shots = ("--shots=8", "--seeds=2", "--lr=0.1")
+    results = evaluate(run, treebanks, "--train=two", "--test=one", *flags, *shots)
+    assert results[-1]["shots"] == 8
+    assert "(8 sentences), mean ± standard deviation of 2 seeds" in capsys.readouterr().out
     # Trained on a split that is not train, every tenth of its sentences chooses the epoch.
-    evaluate(run, treebanks, "--train=two:dev", "--test=two", "--epochs=1", "--mode=head", "--label=last", "--bidirectional")
-    assert "train two:dev: 36 sentences" in (out := capsys.readouterr().out) and "dev 4 sentences" in out
+    evaluate(run, treebanks, "--train=two:dev", "--test=two", *flags, "--label=last", "--bidirectional")
+    out = capsys.readouterr().out
+    assert "train two:dev: 36 sentences" in out and "dev 4 sentences" in out
 
 
 def test_a_checkpoint_file_can_be_named(run, treebanks):
-    eval_ner.main([str(run / "ckpt_000007.pt"), f"--data={treebanks}", "--train=one", "--test=one", "--epochs=1", "--device=cpu"])
-    line = json.loads((run / "ner.jsonl").read_text())
-    assert line["step"] == 7 and line["epoch"] == 1
+    flags = ("--train=one", "--test=one", "--epochs=1", "--device=cpu")
+    eval_ner.main([str(run / "ckpt_000007.pt"), f"--data={treebanks}", *flags])
+    (result,) = read_results(run)
+    assert result["step"] == 7 and result["epoch"] == 1
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--train=en_pud"], "en_pud has no train split, only test; those with one are da_ddt"),
-        (["--train=da_dtd"], "'da_dtd' is no treebank of Universal NER; did you mean da_ddt?"),
+        (["--train=da_dtd"], "'da_dtd' is not a treebank of Universal NER; did you mean da_ddt?"),
         (["--train="], "no treebank named"),
         (["--train=one:test", "--test=one"], "one-ud-test.iob2 would be used twice"),
-        (["--test=one:dev"], "one-ud-dev.iob2 would be used twice, of training, choosing the epoch and scoring"),
+        (["--test=one:dev"], "one-ud-dev.iob2 would be used twice (to train, choose the epoch or score)"),
         (["--train=one,one:dev"], "one-ud-dev.iob2 would be used twice"),
         (["--train=one,one:train"], "one-ud-train.iob2, one-ud-dev.iob2 would be used twice"),
         (["--train=da_ddt:tset"], "da_ddt:tset: the splits are train, dev and test"),
-        (["--train=one", "--test=one", "--shots=1000"], "shots = 1000 sentences were asked for, one has 200"),
-        (["--mode=both"], "mode must be one of full, head, majority, got 'both'"),
+        (["--shots=1000"], "shots = 1000 is more than the 200 training sentences of one: lower it"),
+        (["--mode=both"], "mode must be one of 'full', 'head', 'majority', got 'both'"),
         (["--seeds=0"], "seeds must be at least 1, got 0"),
-        (["--lr=0"], "lr = 0.0 must be positive"),
+        (["--shots=-1"], "shots must be at least 0, got -1"),
+        (["--lr=0"], "lr must be positive, got 0.0"),
         (["--epoch=3"], "unknown key 'epoch' in the flags; did you mean 'epochs'?"),
         (["more"], "name one checkpoint or one run's folder, for instance out/demo; got 2"),
     ],
 )
-def test_bad_input_is_told_in_one_line(run, treebanks, flags, message):
+def test_bad_input_ends_with_one_clear_line(run, treebanks, flags, message):
     with pytest.raises(UserError) as error:
         evaluate(run, treebanks, "--train=one", "--test=one", *flags)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_run_that_cannot_be_used_is_told_before_training(run, treebanks, toy, tmp_path):
-    def refuses(message):
+def test_an_unusable_run_is_refused_before_training(run, treebanks, toy, tmp_path):
+    def assert_refused(message):
         with pytest.raises(UserError, match=message) as error:
             evaluate(run, treebanks, "--train=one", "--test=one", "--epochs=1")
         assert "\n" not in str(error.value)
 
     (run / "ner.jsonl").mkdir()  # the results could not be written
-    refuses("cannot write .*ner.jsonl: Is a directory")
+    assert_refused("cannot write .*ner.jsonl: Is a directory")
     (run / "ner.jsonl").rmdir()
     spec = json.loads((toy / "tokenizer.json").read_text())
     spec["tokens"] += [base64.b64encode(f" word{i}".encode()).decode() for i in range(9)]
     (run / "tokenizer.json").write_text(json.dumps(spec))
-    refuses(f"has {TOY_VOCAB + 9} ids, the model {TOY_VOCAB + 6}")
+    assert_refused(f"has {TOY_VOCAB + 9} ids, the model {TOY_VOCAB + 6}")
     (run / "tokenizer.json").write_text((toy / "tokenizer.json").read_text())
     path = run / "ckpt_000007.pt"
     state = torch.load(path, weights_only=True)
     for broken in (state | {"config": {}}, state | {"model": {}}):
         torch.save(broken, path)
-        refuses("holds no model of train.py")
+        assert_refused("holds no model of train.py")
     torch.save(state | {"step": "seven"}, path)
-    refuses("every checkpoint in .* is damaged")
+    assert_refused("every checkpoint in .* is damaged")
 
 
 def test_help_lists_every_flag_and_errors_leave_with_1():
     out = subprocess.run([sys.executable, "eval_ner.py", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert out.returncode == 0
-    for flag in ("train", "test", "mode", "data", "seeds", "shots", "epochs", "lr", "batch_size", "label", "bidirectional"):
-        assert f"--{flag}=" in out.stdout and out.stdout.split(f"--{flag}=")[1].split("\n")[0].strip().count(" ") > 3
+    flags = "train test mode data seeds shots epochs lr batch_size label bidirectional".split()
+    for flag in flags:
+        assert f"--{flag}=" in out.stdout
+        line = out.stdout.split(f"--{flag}=")[1].split("\n")[0]
+        assert line.strip().count(" ") > 3
     out = subprocess.run([sys.executable, "eval_ner.py", "no/such"], cwd=ROOT, capture_output=True, text=True)
     assert out.returncode == 1 and out.stderr == "error: no checkpoint at no/such\n"
 
@@ -525,12 +603,12 @@ def test_help_lists_every_flag_and_errors_leave_with_1():
 
 @pytest.fixture
 def server(treebanks, monkeypatch):
-    """A stand-in for GitHub that serves da_ddt and parts of others; counts the requests."""
-    asked = []
+    """A stand-in for GitHub that serves da_ddt whole and others broken; the paths requested from it."""
+    requested = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            asked.append(self.path)
+            requested.append(self.path)
             content = (treebanks / "one-ud-test.iob2").read_bytes()
             if "Danish-DDT/main/da_ddt-ud-" in self.path:
                 self.send_response(200)
@@ -559,40 +637,51 @@ def server(treebanks, monkeypatch):
     http = HTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=http.serve_forever, daemon=True).start()
     monkeypatch.setattr(eval_ner, "SERVER", f"http://127.0.0.1:{http.server_port}")
-    yield asked
+    yield requested
     http.shutdown()
     http.server_close()
 
 
 def test_a_missing_treebank_is_downloaded_once_and_whole(server, treebanks, tmp_path, capsys):
     folder = tmp_path / "new" / "uner"
-    path = eval_ner.find("da_ddt", "dev", folder)
-    assert path.read_bytes() == (treebanks / "one-ud-test.iob2").read_bytes() and path == folder / "da_ddt-ud-dev.iob2"
-    assert eval_ner.find("da_ddt", "dev", folder) == path and server == ["/UNER_Danish-DDT/main/da_ddt-ud-dev.iob2"]
+    path = eval_ner.find_treebank("da_ddt", "dev", folder)
+    assert path == folder / "da_ddt-ud-dev.iob2"
+    assert path.read_bytes() == (treebanks / "one-ud-test.iob2").read_bytes()
+    assert eval_ner.find_treebank("da_ddt", "dev", folder) == path
+    assert server == ["/UNER_Danish-DDT/main/da_ddt-ud-dev.iob2"]
     assert capsys.readouterr().out == f"download  {eval_ner.SERVER}{server[0]}\n"
-    for treebank, reason in (("en_pud", "IncompleteRead"), ("de_pud", "please log in"), ("hr_set", "Not Found"), ("ceb_gja", "empty")):
-        with pytest.raises(eval_ner.Missing, match=reason) as error:
-            eval_ner.find(treebank, "test", folder)
-        assert f"fetch {eval_ner.SERVER}" in str(error.value) and str(folder / f"{treebank}-ud-test.iob2") in str(error.value)
+    reasons = {
+        "en_pud": "IncompleteRead", "de_pud": "please log in", "hr_set": "Not Found", "ceb_gja": "is empty",
+    }
+    for treebank, reason in reasons.items():
+        with pytest.raises(eval_ner.MissingTreebank, match=reason) as error:
+            eval_ner.find_treebank(treebank, "test", folder)
+        message = str(error.value)
+        assert f"fetch {eval_ner.SERVER}" in message and str(folder / f"{treebank}-ud-test.iob2") in message
     assert [path.name for path in folder.iterdir()] == ["da_ddt-ud-dev.iob2"]  # no torn file, no leftovers
 
 
 def test_one_treebank_that_fails_does_not_keep_all_from_the_others(server, treebanks, tmp_path, capsys):
     """A 404 was taken for a dead network, and what the server did have was left out."""
-    assert list(eval_ner.resolve("all", "test", tmp_path)) == ["da_ddt"] and len(server) == len(eval_ner.REPOSITORIES)
-    assert "all is without ceb_gja, de_pud, en_ewt" in capsys.readouterr().out
+    assert list(eval_ner.resolve("all", "test", tmp_path)) == ["da_ddt"]
+    assert len(server) == len(eval_ner.REPOSITORIES)
+    assert "--test=all leaves out ceb_gja, de_pud, en_ewt" in capsys.readouterr().out
 
 
-def test_a_data_folder_that_cannot_be_is_told(server, tmp_path):
+def test_an_unusable_data_folder_ends_with_one_clear_line(server, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(eval_ner.Missing, match="file/da_ddt-ud-test.iob2 is missing and the download failed"):
-        eval_ner.find("da_ddt", "test", tmp_path / "file")
+    message = "file/da_ddt-ud-test.iob2 is missing and the download failed"
+    with pytest.raises(eval_ner.MissingTreebank, match=message) as error:
+        eval_ner.find_treebank("da_ddt", "test", tmp_path / "file")
+    assert "\n" not in str(error.value)
 
 
-def test_without_a_network_all_takes_what_is_there_and_says_what_lacks(treebanks, tmp_path, monkeypatch, capsys):
+def test_without_a_network_all_means_the_local_treebanks(treebanks, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(eval_ner, "SERVER", "http://127.0.0.1:1")  # nothing listens there
     assert set(eval_ner.resolve("all", "test", treebanks)) == {"one", "two"}
     out = capsys.readouterr().out
-    assert out.count("download  ") == 1 and "note      all is without ceb_gja, da_ddt, de_pud" in out and "refused" in out
-    with pytest.raises(eval_ner.Missing, match="fetch http://127.0.0.1:1/UNER_Cebuano-GJA/master/ceb_gja-ud-test.iob2 and put it there"):
+    assert out.count("download  ") == 1  # the network is tried once
+    assert "note      --test=all leaves out ceb_gja, da_ddt, de_pud" in out and "refused" in out
+    url = "http://127.0.0.1:1/UNER_Cebuano-GJA/master/ceb_gja-ud-test.iob2"
+    with pytest.raises(eval_ner.MissingTreebank, match=f"fetch {url} and put it there"):
         eval_ner.resolve("all", "test", tmp_path)

@@ -23,16 +23,16 @@ def step(toy, device, dtype, flags=()):
         train.Config, [*TOY, f"--data={toy}", "--d_model=128", "--n_heads=4", "--n_kv_heads=2", "--d_hidden=256", "--inner_lr=0.2", *flags]
     )
     torch.backends.cuda.matmul.allow_tf32 = False
-    learner, _ = train.build_learner(cfg, torch.device(device), dtype)
+    learner = train.build_learner(cfg, dtype).to(device)
     corpus, tokenizer = data.open_corpus(toy)[0], data.load_tokenizer(toy)
     series = {
-        "LM": data.Sequences(corpus, cfg.context, cfg.seed),
+        "lm": data.Sequences(corpus, cfg.context, cfg.seed),
         "episodes": data.Episodes(corpus, tokenizer, cfg.ways, cfg.shots, cfg.queries, cfg.window, cfg.seed),
     }
     found = {}
     for kind, batches in series.items():
         batch = batches[range(2)]
-        loss, _ = learner(type(batch)(*(t.to(device) for t in batch)))
+        loss, _ = learner(kind, type(batch)(*(t.to(device) for t in batch)))
         loss.backward()
         found[kind] = loss.item(), {name: p.grad.cpu() for name, p in learner.named_parameters() if p.grad is not None}
         learner.zero_grad(set_to_none=True)
@@ -81,7 +81,7 @@ def test_two_ranks_take_a_gpu_each(toy, tmp_path):
 
 def test_the_logits_are_never_whole_in_float32():
     """A loss and its gradients at the paper's vocabulary take less memory than half of them."""
-    learner, _ = train.build_learner(train.Config(n_layers=1), torch.device("cuda"), torch.bfloat16)
+    learner = train.build_learner(train.Config(n_layers=1), torch.bfloat16).to("cuda")
     ids = torch.randint(0, 50304, (32, 1024), device="cuda")
     x = torch.randn(*ids.shape, 96, device="cuda", requires_grad=True)
 
@@ -97,4 +97,4 @@ def test_bench(capsys):
     flags = [flag for flag in TOY if "device" not in flag and "vocab" not in flag]
     bench.main([*flags, "--vocab_size=3264", "--rounds=1", "--dtype=bfloat16", "--json"])
     result = json.loads(capsys.readouterr().out)
-    assert result["compiled"] and result["steps"]["LM"]["peak_bytes"] > 0
+    assert result["compiled"] and result["steps"]["lm"]["peak_bytes"] > 0

@@ -31,12 +31,13 @@ def learner(adapted="head", layers=2, start="zero", **options):
 
 def batch(E=1, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return EpisodeBatch(*(torch.randint(0, 50, (E, N, n, T), generator=generator) for n in (K, Q)))
+    windows = (torch.randint(0, 50, (E, N, n, T), generator=generator) for n in (K, Q))
+    return EpisodeBatch(*windows, words=torch.zeros(E, N, dtype=torch.long))
 
 
 def outer_grads(module, data):
     module.zero_grad()
-    loss, metrics = module(data)
+    loss, metrics = module("episodes", data)
     loss.backward()
     return loss.item(), {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}, metrics
 
@@ -124,7 +125,7 @@ def test_second_order_passes_gradcheck(adapted, start):
         name for name, _ in module.named_parameters() if name.startswith("head") or "layers.1.self_attn.o_proj" in name or "norm" in name
     ]
     params = [module.get_parameter(name).detach().clone().requires_grad_() for name in names]
-    assert torch.autograd.gradcheck(lambda *p: torch.func.functional_call(module, dict(zip(names, p)), (data,))[0], params, fast_mode=True)
+    assert torch.autograd.gradcheck(lambda *p: torch.func.functional_call(module, dict(zip(names, p)), ("episodes", data))[0], params, fast_mode=True)
     first = learner(adapted, 2, start, inner_steps=2).double()
     a, b = (outer_grads(m, data)[1]["decoder.model.norm.weight"] for m in (module, first))
     assert (a - b).abs().max() > 1e-3 * b.abs().max(), "second order must differ from first"
@@ -136,11 +137,11 @@ def test_gradients_accumulate_and_the_support_leaves_none_behind():
     (_, a, _), (_, b, _) = outer_grads(module, batch(seed=1)), outer_grads(module, batch(seed=2))
     module.zero_grad()
     for seed in (1, 2):
-        module(batch(seed=seed))[0].backward()
+        module("episodes", batch(seed=seed))[0].backward()
     for name in a:
         assert torch.allclose(module.get_parameter(name).grad, a[name] + b[name], rtol=1e-4, atol=1e-6), name
     module.zero_grad()
-    module(batch())
+    module("episodes", batch())
     assert all(p.grad is None for p in module.parameters())
 
 
@@ -148,21 +149,22 @@ def test_a_class_symmetric_start_does_not_care_for_the_order_of_the_labels():
     data, order = batch(2), torch.tensor([3, 0, 4, 1, 2])
     for start, same in (("zero", True), ("random", False)):
         module = learner(start=start)
-        a, b = module(data)[0], module(EpisodeBatch(data.support[:, order], data.query[:, order]))[0]
+        other = EpisodeBatch(data.support[:, order], data.query[:, order], data.words)
+        a, b = module("episodes", data)[0], module("episodes", other)[0]
         assert torch.allclose(a, b, atol=1e-5) == same, start
 
 
 def test_a_class_symmetric_start_takes_any_number_of_ways():
     data = EpisodeBatch(*(windows[:, :3] for windows in batch(2)))
-    assert learner(start="zero")(data)[0].isfinite()
+    assert learner(start="zero")("episodes", data)[0].isfinite()
     with pytest.raises(ValueError, match="has 5 outputs, the episode 3 ways"):
-        learner(start="random")(data)
+        learner(start="random")("episodes", data)
 
 
 def test_adaptation_shows_in_the_metrics():
     """Windows whose token before the mask tells the class: learned from the support, unknown before."""
     data = batch(4)
-    for windows in data:
+    for windows in (data.support, data.query):
         windows[..., -1] = torch.arange(N)[:, None]
     loss, _, metrics = outer_grads(learner(layers=1, start="zero", inner_steps=20, inner_lr=1.0), data)
     assert metrics["meta/support_acc"] > 0.9 and metrics["meta/query_acc"] > 0.9 and loss < 1
@@ -182,8 +184,8 @@ def test_adapt_is_plain_sgd():
 
 def test_bfloat16_autocast_reads_the_fast_weights():
     """One autocast region around the inner loop reads the stale bfloat16 copies of the first weights; then more steps change nothing."""
-    losses = [learner("all", inner_steps=steps, inner_lr=1.0, dtype=torch.bfloat16)(batch())[0].item() for steps in (0, 1, 3)]
-    exact = [learner("all", inner_steps=steps, inner_lr=1.0)(batch())[0].item() for steps in (0, 1, 3)]
+    losses = [learner("all", inner_steps=steps, inner_lr=1.0, dtype=torch.bfloat16)("episodes", batch())[0].item() for steps in (0, 1, 3)]
+    exact = [learner("all", inner_steps=steps, inner_lr=1.0)("episodes", batch())[0].item() for steps in (0, 1, 3)]
     assert losses == pytest.approx(exact, rel=0.1) and min(abs(a - b) for a, b in itertools.combinations(exact, 2)) > 0.1
 
 
@@ -213,8 +215,8 @@ def counted(run):
 @pytest.mark.parametrize("adapted, layers", [("head", 1), ("head", 3), ("all", 2)])
 def test_counted_flops_equal_those_of_the_flop_counter(adapted, layers):
     module, data = learner(adapted, layers, inner_steps=4), batch(2)
-    assert module.flops(data) == pytest.approx(counted(lambda: module(data)[0].backward()), rel=0.02)
+    assert module.flops("episodes", data) == pytest.approx(counted(lambda: module("episodes", data)[0].backward()), rel=0.02)
     ids = torch.randint(0, 50, (3, 16))
-    assert module.flops(LMBatch(ids, ids)) == pytest.approx(
+    assert module.flops("lm", LMBatch(ids, ids)) == pytest.approx(
         counted(lambda: F.cross_entropy(module.decoder(ids).flatten(0, 1), ids.flatten()).backward()), rel=0.02
     )

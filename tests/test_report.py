@@ -1,4 +1,4 @@
-"""report.py on synthetic runs whose answers are known."""
+"""report.py on synthetic runs and curves whose answers are known."""
 
 import json
 import math
@@ -16,19 +16,27 @@ from config import UserError
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def write_run(folder, speed=1.0, layers=2, domains=(), episodes=False, probes=True, ner=None, noise=0.0, last=400, every=10, seed=None):
-    """A run whose validation loss is 8 * (1 + speed * step / 10) ** -0.3: at the same loss, `speed` times as far as at speed 1."""
+def write_jsonl(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def write_run(folder, speed=1.0, layers=2, domains=(), episodes=False, probes=True, ner=None, noise=0.0,
+              last=400, every=10, seed=None, flops=2e9):
+    """A run of validation loss 8 * (1 + speed * step / 10) ** -0.3: `speed` times as fast to any loss."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(int(1000 * speed) + layers)
     steps = range(0, last + 1, every)
     log = []
     for step in steps:
         loss = 8 * (1 + speed * step / 10) ** -0.3 * math.exp(noise * rng.standard_normal())
-        log.append({"step": step, "tokens": 100 * step, "flops": 2e9 * step, "seconds": 0.5 * step, "val/loss": loss}
-                   | {f"val/{name}": loss + i for i, name in enumerate(domains)})
+        log.append({"step": step, "tokens": 100 * step, "flops": flops * step, "seconds": 0.5 * step}
+                   | {"val/loss": loss} | {f"val/{name}": loss + i for i, name in enumerate(domains)})
         if episodes:
-            log.append({"step": step, "tokens": 100 * step, "meta/query_acc": step / 1000, "meta/query_acc_unadapted": 0.0625})
-    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log) + '{"step": 4')  # torn, as of a run that goes on
+            log.append({"step": step, "tokens": 100 * step,
+                        "meta/query_acc": step / 1000, "meta/query_acc_unadapted": 0.0625})
+    write_jsonl(folder / "log.jsonl", log)
+    with open(folder / "log.jsonl", "a") as file:
+        file.write('{"step": 4')  # torn, as of a run that is still going
     (folder / "config.json").write_text(json.dumps({"seed": seed}))
     if probes:
         lines = []
@@ -36,63 +44,84 @@ def write_run(folder, speed=1.0, layers=2, domains=(), episodes=False, probes=Tr
             line = {"step": step, "tokens": 0}
             for layer in range(layers):
                 bump = 10 + 10 * math.exp(-(((step - 100 - 10 * layer) / 50) ** 2))
-                line |= {f"rank/{what}/{layer:02d}": bump for what in ("resid", "v_proj", "o_proj", "down_proj")}
-                line |= {f"entropy/{layer:02d}/{head:02d}": 0.9 - step / 1000 - head / 100 for head in range(3)}
+                for kind in ("rank/resid", "rank/v_proj", "rank/o_proj", "rank/down_proj"):
+                    line[f"{kind}/{layer:02d}"] = bump
+                for head in range(3):
+                    entropy = 0.9 - step / 1000 - head / 100
+                    line[f"entropy/{layer:02d}/{head:02d}"] = entropy
+                    line[f"entropy_nats/{layer:02d}/{head:02d}"] = 3 * entropy
             lines.append(line)
-        (folder / "probes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_jsonl(folder / "probes.jsonl", lines)
     if ner is not None:
-        rows = [{"mode": mode, "train": "da_ddt", "test": test, "seed": seed, "step": step, "f1": ner + 0.01 * seed + shift, "shots": shots,
-                 "label": "first", "bidirectional": shots > 0, "lr": 1e-3}
-                for mode in ("head", "full") for test in ("da_ddt", "en_ewt") for shots in (0, 8)
-                for step, shift in ((2, 0.5), (2, 0.1 * (shots > 0)), (1, 0.7)) for seed in (1, 2, 3)]
-        (folder / "ner.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_jsonl(folder / "ner.jsonl", [
+            {"mode": mode, "train": "da_ddt", "test": test, "seed": seed, "step": step, "lr": 1e-3,
+             "f1": ner + 0.01 * seed + shift, "shots": shots, "label": "first", "bidirectional": shots > 0}
+            for mode in ("head", "full") for test in ("da_ddt", "en_ewt") for shots in (0, 8)
+            for step, shift in ((2, 0.5), (2, 0.1 * (shots > 0)), (1, 0.7)) for seed in (1, 2, 3)])
     return str(folder)
 
 
-def arms(*folders):
-    return [[report.read_run(folder) for folder in arm] for arm in folders]
+def read(*groups):
+    return [[report.read_run(folder) for folder in group] for group in groups]
 
 
-def test_sooner_by_is_the_ratio_that_was_built_in(tmp_path):
-    """The first arm goes 1.5 times as fast: 1.5 at every loss, but for interpolating in log-loss, and in each unit."""
-    both = arms([write_run(tmp_path / "a", speed=1.5)], [write_run(tmp_path / "b")])
-    levels, found = report.sooner(both)
+def table_row(text, start):
+    """The cells of the first row that starts so, without its label."""
+    row = next(line for line in text.splitlines() if line.startswith(start))
+    return [cell.strip() for cell in row.split("|")[2:-1]]
+
+
+def titled_axes(fig):
+    return [ax for part in fig.subfigs for ax in part.get_axes() if ax.get_title()]
+
+
+# ---- comparing groups ----
+
+
+def test_speedup_is_the_ratio_that_was_built_in(tmp_path):
+    """The first group is 1.5 times as fast: 1.5 at every loss, on every axis, but for the interpolation."""
+    groups = read([write_run(tmp_path / "a", speed=1.5)], [write_run(tmp_path / "b")])
+    levels, speedups = report.speedup(groups)
     # From where the slower one is at its second evaluation to where it ends.
     assert levels[0] == pytest.approx(8 * 2.5**-0.3) and levels[-1] == pytest.approx(8 * 41**-0.3)
     for axis in ("step", "tokens", "flops", "seconds"):
-        ratios, errors, p = found[axis]
-        assert len(ratios) == 41 and math.isnan(p)
-        assert ratios == pytest.approx(1.5, rel=0.05) and ratios[20:] == pytest.approx(1.5, rel=0.003) and np.isnan(errors).all()
-    turned = report.sooner(both[::-1])[1]["step"][0]
-    assert turned == pytest.approx(1 / 1.5, rel=0.05)
+        ratios, errors, p = speedups[axis]
+        assert len(ratios) == 41 and math.isnan(p) and np.isnan(errors).all()
+        assert ratios == pytest.approx(1.5, rel=0.05) and ratios[20:] == pytest.approx(1.5, rel=0.003)
+    reverse = report.speedup(groups[::-1])[1]["step"][0]
+    assert reverse == pytest.approx(1 / 1.5, rel=0.05)
 
 
 def test_a_level_is_interpolated_in_log_loss_and_never_extrapolated():
     losses, x = np.array([8.0, 4.0, 5.0, 1.0]), np.array([0.0, 10.0, 20.0, 30.0])
     assert report.reach(losses, x, math.sqrt(32)) == pytest.approx(5)
     assert report.reach(losses, x, 4.0) == pytest.approx(10)
-    assert report.reach(losses, x, 3.99) == pytest.approx(20 + 10 * math.log(5 / 3.99) / math.log(5))  # from where the curve then was
+    after_the_rise = 20 + 10 * math.log(5 / 3.99) / math.log(5)
+    assert report.reach(losses, x, 3.99) == pytest.approx(after_the_rise)
     assert math.isnan(report.reach(losses, x, 0.9)) and math.isnan(report.reach(losses, x, 8.1))
 
 
 def test_a_loss_that_rises_at_first_and_a_run_without_lm_tokens(tmp_path):
-    """The level of the first evaluation has no way to it: it gave a largest ratio of nan; no tokens gave inf."""
-    both = arms([write_run(tmp_path / "a", speed=1.5)], [write_run(tmp_path / "b")])
-    for run in (run for runs in both for run in runs):
+    """The level of the first evaluation, not reached from above, gave a ratio of nan; no tokens gave inf."""
+    groups = read([write_run(tmp_path / "a", speed=1.5)], [write_run(tmp_path / "b")])
+    for run in (run for runs in groups for run in runs):
         run["log"][0]["val/loss"] = run["log"][1]["val/loss"] - 0.1
-    levels, found = report.sooner(both)
-    assert all(np.isfinite(ratios).all() for ratios, _, _ in found.values()) and len(levels) == 40
-    for line in both[0][0]["log"]:
+    levels, speedups = report.speedup(groups)
+    assert all(np.isfinite(ratios).all() for ratios, _, _ in speedups.values()) and len(levels) == 40
+    for line in groups[0][0]["log"]:
         line["tokens"] = 0
-    assert list(report.sooner(both)[1]) == ["step", "flops", "seconds"]
-    assert "inf" not in report.tables(both, ["a", "b"]) and len(report.figure(both, ["a", "b"]).subfigs[0].get_axes()) == 2
+    assert list(report.speedup(groups)[1]) == ["step", "flops", "seconds"]
+    assert "inf" not in report.tables(groups, ["a", "b"])
+    axes = titled_axes(report.figure(groups, ["a", "b"]))
+    assert [ax.get_xlabel() for ax in axes if ax.get_title()[4:] == "validation loss"] == [
+        "FLOPs", "seconds of training"]
 
 
-def test_arms_without_a_common_loss_are_told_so(tmp_path):
-    far, near = write_run(tmp_path / "far", speed=1e6), write_run(tmp_path / "near")
-    text = report.tables(arms([far], [near]), ["far", "near"])
+def test_groups_without_a_common_loss_are_reported_as_such(tmp_path):
+    groups = read([write_run(tmp_path / "far", speed=1e6)], [write_run(tmp_path / "near")])
+    text = report.tables(groups, ["far", "near"])
     assert "no loss that all runs reach" in text and "at loss" not in text
-    report.figure(arms([far], [near]), ["far", "near"])
+    report.figure(groups, ["far", "near"])
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 2), (3, 3), (3, 7), (20, 5)])
@@ -100,91 +129,162 @@ def test_difference_equals_scipy(n, m):
     for seed in range(20):
         rng = np.random.default_rng(seed)
         a, b = rng.normal(0, 1, n), rng.normal(rng.choice([0, 1, 5]), 3, m)
-        d, error, p = report.difference(a, b, False)
-        theirs = stats.ttest_ind(a, b, equal_var=False)
-        assert d == pytest.approx(a.mean() - b.mean()) and d / error == pytest.approx(theirs.statistic)
-        assert p == pytest.approx(theirs.pvalue, rel=1e-4, abs=1e-9)
-        if n == m:
-            d, error, p = report.difference(a, b, True)
-            theirs = stats.ttest_rel(a, b)
-            assert d / error == pytest.approx(theirs.statistic) and p == pytest.approx(theirs.pvalue, rel=1e-4, abs=1e-9)
+        for paired in (False, True) if n == m else (False,):
+            delta, error, p = report.difference(a, b, paired)
+            expected = stats.ttest_rel(a, b) if paired else stats.ttest_ind(a, b, equal_var=False)
+            assert delta == pytest.approx(a.mean() - b.mean())
+            assert delta / error == pytest.approx(expected.statistic)
+            assert p == pytest.approx(expected.pvalue, rel=1e-4, abs=1e-9)
     assert math.isnan(report.difference([1.0], [1.0, 2.0], False)[2])
-    assert report.difference([1, 1], [1, 1], False)[2] == 1 and report.difference([1, 1], [2, 2], False)[2] == 0
+    assert report.difference([1, 1], [1, 1], False)[2] == 1
+    assert report.difference([1, 1], [2, 2], False)[2] == 0
 
 
 @pytest.mark.parametrize("paired", [False, True])
 def test_several_runs_give_spread_and_significance(tmp_path, paired):
     """Runs of the same seeds are compared pair by pair, in the order of their seeds."""
     a = [write_run(tmp_path / f"hybrid-{i}", speed=1.5 + 0.1 * i, seed=i) for i in range(3)]
-    b = [write_run(tmp_path / f"vanilla-{i}", speed=1 + 0.1 * i, seed=i if paired else i + 7) for i in (2, 0, 1)]
-    both = [sorted(runs, key=lambda run: run["seed"]) for runs in arms(a, b)]
-    levels, found = report.sooner(both)
-    ratios, errors, p = found["flops"]
+    b = [write_run(tmp_path / f"vanilla-{i}", speed=1 + 0.1 * i, seed=i if paired else i + 7)
+         for i in (2, 0, 1)]
+    groups = report.read_groups([a, b])
+    levels, speedups = report.speedup(groups)
+    ratios, errors, p = speedups["flops"]
     speeds = np.log([[1.5, 1.6, 1.7], [1.0, 1.1, 1.2]])
     assert ratios[-1] == pytest.approx(math.exp(speeds[0].mean() - speeds[1].mean()), rel=0.005)
-    expected = (speeds[0] - speeds[1]).std(ddof=1) / 3**0.5 if paired else (speeds.var(1, ddof=1).sum() / 3) ** 0.5
-    assert errors[-1] == pytest.approx(expected, rel=0.1)
-    test = stats.ttest_rel(*speeds) if paired else stats.ttest_ind(*speeds, equal_var=False)
-    assert p == pytest.approx(test.pvalue, rel=0.3)
-    done = report.tables(both, ["hybrid", "vanilla"])
-    finals = [[run["log"][-1]["val/loss"] for run in runs] for runs in both]
-    row = next(line for line in done.splitlines() if line.startswith("| validation loss")).split("|")
-    assert float(row[2].split("±")[0]) == pytest.approx(np.mean(finals[0]), abs=6e-4)
-    assert float(row[2].split("±")[1]) == pytest.approx(np.std(finals[0], ddof=1), abs=6e-4)
-    assert float(row[4]) == pytest.approx(np.mean(finals[0]) - np.mean(finals[1]), abs=6e-4)
-    test = stats.ttest_rel(*finals) if paired else stats.ttest_ind(*finals, equal_var=False)
-    assert float(row[5]) == pytest.approx(test.pvalue, rel=0.06)
-    assert ("paired by seed" if paired else "of Welch") in done and "In brackets: one standard error" in done
-    row = next(line for line in done.splitlines() if line.startswith("| FLOPs") and "to" in line).split("|")
-    assert row[2].strip().startswith(f"{ratios[-1]:.2f} (") and row[4].strip().startswith(f"{ratios.max():.2f} (")
-    assert float(row[5]) == pytest.approx(levels[ratios.argmax()], abs=6e-4)
+    pair_errors = (speeds[0] - speeds[1]).std(ddof=1) / 3**0.5
+    welch_errors = (speeds.var(1, ddof=1).sum() / 3) ** 0.5
+    assert errors[-1] == pytest.approx(pair_errors if paired else welch_errors, rel=0.1)
+
+    def p_value(x, y):
+        return (stats.ttest_rel(x, y) if paired else stats.ttest_ind(x, y, equal_var=False)).pvalue
+
+    assert p == pytest.approx(p_value(*speeds), rel=0.3)
+    text = report.tables(groups, ["hybrid", "vanilla"])
+    final = np.array([[run["log"][-1]["val/loss"] for run in runs] for runs in groups])
+    row = table_row(text, "| validation loss")
+    mean, std = map(float, row[0].split("±"))
+    assert mean == pytest.approx(final[0].mean(), abs=6e-4)
+    assert std == pytest.approx(final[0].std(ddof=1), abs=6e-4)
+    assert float(row[2]) == pytest.approx(final[0].mean() - final[1].mean(), abs=6e-4)
+    assert float(row[3]) == pytest.approx(p_value(*final), rel=0.06)
+    assert ("paired by seed" if paired else "Welch's t-test") in text
+    assert "In brackets: one standard error" in text
+    row = table_row(text[text.index("## Speedup"):], "| FLOPs")
+    assert row[0].startswith(f"{ratios[-1]:.2f} (") and row[2].startswith(f"{ratios.max():.2f} (")
+    assert float(row[3]) == pytest.approx(levels[ratios.argmax()], abs=6e-4)
 
 
-def test_the_last_value_is_taken_and_the_best_is_not(tmp_path):
-    both = arms([write_run(tmp_path / "a", domains="xyz", episodes=True)], [write_run(tmp_path / "b", speed=0.9, domains="xyz")])
-    both[0][0]["log"][-2] |= {"val/loss": 3.5, "val/y": 7.0}  # the last evaluation, worse than the one before
-    text = report.tables(both, ["a", "b"])
-    assert "| validation loss, nats     | 3.500 |" in text and "| validation loss, y        | 7.000 |" in text
-    assert "| query accuracy, adapted   | 0.400 |" in text and "| query accuracy, unadapted | 0.062 |" in text
+# ---- tables ----
+
+
+def test_the_last_value_counts_not_the_best(tmp_path):
+    groups = read([write_run(tmp_path / "a", domains="xyz", episodes=True)],
+                  [write_run(tmp_path / "b", speed=0.9, domains="xyz")])
+    groups[0][0]["log"][-2] |= {"val/loss": 3.5, "val/y": 7.0}  # the last evaluation, worse than that before
+    text = report.tables(groups, ["a", "b"])
+    assert table_row(text, "| validation loss, nats")[0] == "3.500"
+    assert table_row(text, "| validation loss, y")[0] == "7.000"
+    assert table_row(text, "| query accuracy, adapted") == ["0.400", "", "", ""]
+    assert table_row(text, "| query accuracy, unadapted")[0] == "0.062"
     assert "worse on 1 of 3 validation domains" in text
-    axes = {ax.get_title()[4:]: ax for part in report.figure(both, ["a", "b"]).subfigs for ax in part.get_axes()}
-    dots = [line.get_xdata()[1] for line in axes["validation loss by domain"].lines if len(line.get_xdata()) == 3]
-    assert dots[0] == 7.0
+    axes = {ax.get_title()[4:]: ax for ax in titled_axes(report.figure(groups, ["a", "b"]))}
+    lines = axes["validation loss by domain"].lines
+    assert next(line.get_xdata()[1] for line in lines if len(line.get_xdata()) == 3) == 7.0
 
 
 def test_phases_and_their_order_are_reported(tmp_path):
-    text = report.tables(arms([write_run(tmp_path / "a", layers=3)]), ["a"])
-    row = next(line for line in text.splitlines() if line.startswith("| rank, residual stream |    01"))
-    row = [cell.strip() for cell in row.split("|")]
-    assert row[3] == "diversify-then-compress" and row[7] == "110" and 85 < float(row[6][:-1]) < 100 and 45 < float(row[8][:-1]) <= 50
-    assert int(row[9]) == pytest.approx(110 + 50 * math.log(10) ** 0.5, abs=10)
-    # Of several runs each is judged by itself: two of three peak later here.
+    text = report.tables(read([write_run(tmp_path / "a", layers=3)]), ["a"])
+    row = table_row(text, "| effective rank, residual stream |    01")
+    layer, verdict, _, _, rise, peak, fall, settled, _ = row
+    assert (layer, verdict, peak) == ("01", "diversify-then-compress", "110")
+    assert 85 < float(rise[:-1]) < 100 and 45 < float(fall[:-1]) <= 50
+    assert int(settled) == pytest.approx(110 + 50 * math.log(10) ** 0.5, abs=10)
+    assert "- effective rank, residual stream: layers peak in the order 00 (" in text
+    assert "settle again in the order 00 (" in text
+    assert table_row(text, "| attention entropy")[1] == "only fall"
+    assert "Compared with the paper" not in text and "Speedup" not in text and "entropy_nats" not in text
+
+
+def test_phases_are_judged_run_by_run(tmp_path):
+    """Two of three peak later here; the other is flat."""
     runs = [report.read_run(write_run(tmp_path / f"b{i}", layers=1)) for i in range(3)]
     for run in runs[1:]:
         for line in run["probes"]:
             line["rank/resid/00"] = 10 + 10 * math.exp(-(((line["step"] - 200) / 50) ** 2))
     for line in runs[0]["probes"]:
         line["rank/resid/00"] = 10.0
-    several = report.tables([runs], ["b"])
-    assert "diversify-then-compress (2 of 3)" in several and "200 ± 0" in several
-    assert "- rank, residual stream: layers peak in the order 00 (" in text and "settle again in the order 00 (" in text
-    assert "only fall" in next(line for line in text.splitlines() if line.startswith("| attention entropy"))
-    assert "Beside the paper" not in text and "Sooner" not in text
+    text = report.tables([runs], ["b"])
+    assert "diversify-then-compress (2 of 3)" in text and "200 ± 0" in text
+
+
+def test_a_probe_of_any_name_is_shown(tmp_path):
+    """Curves are discovered in probes.jsonl: a fork's probe needs no change here. Known ones come first."""
+    groups = read([write_run(tmp_path / "a")], [write_run(tmp_path / "b")])
+    for line in (line for runs in groups for run in runs for line in run["probes"]):
+        line |= {"norm/resid/00": 10.0 + line["step"], "norm/resid/01": 3.0}
+        line |= {"loss/of/probe": 1.0, "note/1": 2.0}  # no curves of layers
+    text = report.tables(groups, ["a", "b"])
+    assert table_row(text, "| norm/resid ")[:2] == ["00", "only rise"]
+    assert table_row(text, "| norm/resid                      |    01")[1] == "flat"
+    assert "of/probe" not in text and "note" not in text
+    assert text.index("| norm/resid ") > text.index("| effective rank, down_proj")
+    assert "a: 8 of 10 curves do" in text  # those that the paper speaks of
+    titles = [ax.get_title().split(") ")[1] for ax in titled_axes(report.figure(groups, ["a", "b"]))]
+    assert titles.count("norm/resid") == 2 and titles[-1] == "norm/resid"
+    assert titles.index("norm/resid") == titles.index("effective rank, down_proj") + 1
+
+
+def test_another_evaluation_is_one_function(tmp_path, monkeypatch):
+    for name, score in (("a", 0.75), ("b", 0.5)):
+        write_jsonl(Path(write_run(tmp_path / name)) / "recall.jsonl", [{"task": "copy", "score": score}])
+
+    def recall(groups, names):
+        def scores(task):
+            return [[line["score"] for run in runs for line in report.read_jsonl(run["path"] / "recall.jsonl")
+                     if line["task"] == task] for runs in groups]
+
+        rows = report.compared("copy", scores("copy"), ".2f") + report.compared("sort", scores("sort"), ".2f")
+        return ["## Recall", report.comparison(names, rows)] if rows else []
+
+    monkeypatch.setattr(report, "SECTIONS", [report.end_of_training, recall])
+    text = report.tables(read([tmp_path / "a"], [tmp_path / "b"]), ["a", "b"])
+    assert table_row(text[text.index("## Recall"):], "| copy") == ["0.75", "0.50", "+0.25", ""]
 
 
 def test_ner_of_both_with_differences(tmp_path):
-    """The newest checkpoint and the later of two results count; settings are not mixed; fine-tuning seeds are no trials of pretraining."""
-    one = arms([write_run(tmp_path / "a", ner=0.2)], [write_run(tmp_path / "b", ner=0.1)])
-    text = report.tables(one, ["a", "b"])
+    """The newest checkpoint counts, and the later of two results; settings are not mixed; fine-tuning seeds
+    are no trials of the pretraining."""
+    groups = read([write_run(tmp_path / "a", ner=0.2)], [write_run(tmp_path / "b", ner=0.1)])
+    text = report.tables(groups, ["a", "b"])
     for mode in ("head", "full"):
         for settings in ("label first, lr 0.001", "shots 8, label first, bidirectional True, lr 0.001"):
             assert f"## Universal NER, {mode}, trained on da_ddt ({settings})" in text
-    rows = [[cell.strip() for cell in line.split("|")[2:6]] for line in text.splitlines() if line.startswith("| en_ewt")]
-    assert rows == [["22.0", "12.0", "+10.0", ""], ["32.0", "22.0", "+10.0", ""]] * 2 and "+10.0 on average" in text
-    runs = [[report.read_run(write_run(tmp_path / f"{arm}{i}", ner=0.1 * i, speed=1 + i / 10)) for i in (1, 2)] for arm in "cd"]
+    rows = [table_row(line, "| en_ewt") for line in text.splitlines() if line.startswith("| en_ewt")]
+    assert rows == [["22.0", "12.0", "+10.0", ""], ["32.0", "22.0", "+10.0", ""]] * 2
+    assert "+10.0 on average" in text
+    runs = read(*([write_run(tmp_path / f"{group}{i}", ner=0.1 * i, speed=1 + i / 10) for i in (1, 2)]
+                  for group in "cd"))
     assert report.ner_scores(runs)[0][1][0] == pytest.approx([12.0, 22.0])
     runs[0][0]["ner"] = []  # a run that was not scored leaves the others' means
     assert report.ner_scores(runs)[0][1] == [pytest.approx([22.0]), pytest.approx([12.0, 22.0])]
+
+
+def test_runs_that_do_not_match_are_reported_all_the_same(tmp_path):
+    """The first run without probes, runs of other lengths and probe steps, a line without a metric, groups of
+    2 and 4 layers."""
+    first = [write_run(tmp_path / "h-1", probes=False), write_run(tmp_path / "h-2", every=20, last=380),
+             write_run(tmp_path / "h-3")]
+    groups = read(first, [write_run(tmp_path / "v", layers=4)])
+    del groups[1][0]["probes"][0]["rank/resid/00"]
+    text = report.tables(groups, ["h", "v"])
+    assert "diversify-then-compress (2 of 2)" in text and "nan" not in text
+    report.figure(groups, ["h", "v"])
+    report.brief_figure(groups, ["h", "v"])
+    text = report.tables(read([first[0]]), ["h"])
+    assert "Phases" not in text and "validation loss" in text
+
+
+# ---- figures ----
 
 
 @pytest.mark.parametrize(
@@ -196,52 +296,93 @@ def test_ner_of_both_with_differences(tmp_path):
     ],
 )
 def test_the_figure_has_the_panels_there_are_data_for(tmp_path, options, panels):
-    fig = report.figure(arms([write_run(tmp_path / "a", speed=1.3, **options)], [write_run(tmp_path / "b", **options)]), ["a", "b"])
-    titled = [sum(ax.get_title() != "" for ax in part.get_axes()) for part in fig.subfigs]
-    assert titled == panels
-    titles = [ax.get_title() for part in fig.subfigs for ax in part.get_axes() if ax.get_title()]
-    assert [title[:3] for title in titles] == [f"({letter})" for letter in "abcdefghijklmnopqrstuvwxyz"[: len(titles)]]
-    axes = [ax for part in fig.subfigs for ax in part.get_axes() if ax.get_title()]
+    groups = read([write_run(tmp_path / "a", speed=1.3, **options)], [write_run(tmp_path / "b", **options)])
+    fig = report.figure(groups, ["a", "b"])
+    assert [sum(ax.get_title() != "" for ax in part.get_axes()) for part in fig.subfigs] == panels
+    axes = titled_axes(fig)
+    letters = "abcdefghijklmnopqrstuvwxyz"[:len(axes)]
+    assert [ax.get_title()[:3] for ax in axes] == [f"({letter})" for letter in letters]
     for ax, factor in zip(axes, (100, 2e9, 0.5)):  # tokens, FLOPs, seconds of a step
-        assert ax.lines[0].get_xdata()[-1] == 400 * factor and ax.lines[0].get_ydata()[-1] == pytest.approx(8 * 53**-0.3)
-    ratio = axes[3].lines[0].get_ydata()
-    assert ratio[-1] == pytest.approx(1.3, rel=0.01)
+        assert ax.lines[0].get_xdata()[-1] == 400 * factor
+        assert ax.lines[0].get_ydata()[-1] == pytest.approx(8 * 53**-0.3)
+    assert axes[3].lines[0].get_ydata()[-1] == pytest.approx(1.3, rel=0.01)
     if options.get("probes", True):
         resid = next(ax for ax in axes if "residual" in ax.get_title())
         peaks = [line for line in resid.lines if line.get_marker() == "^"]
         assert len(peaks) == options["layers"] and float(np.ravel(peaks[1].get_xdata())[0]) == 110
 
 
-def test_runs_that_do_not_match_are_reported_all_the_same(tmp_path):
-    """The first run without probes, runs of other lengths and probe steps, a metric that a line lacks, arms of 2 and 4 layers."""
-    first = [write_run(tmp_path / "h-1", probes=False), write_run(tmp_path / "h-2", every=20, last=380), write_run(tmp_path / "h-3")]
-    both = arms(first, [write_run(tmp_path / "v", layers=4)])
-    del both[1][0]["probes"][0]["rank/resid/00"]
-    text = report.tables(both, ["h", "v"])
-    assert "diversify-then-compress (2 of 2)" in text and "nan" not in text
-    report.figure(both, ["h", "v"])
-    only = report.tables(arms([first[0]]), ["h"])
-    assert "Phases" not in only and "validation loss" in only
+def test_more_panels_than_letters(tmp_path):
+    groups = read([write_run(tmp_path / "a")])
+    for line in groups[0][0]["probes"]:
+        line |= {f"probe{i}/00": 1.0 for i in range(30)}
+    titles = [ax.get_title() for ax in titled_axes(report.figure(groups, ["a"]))]
+    assert len(titles) == 38 and titles[25].startswith("(z) ") and titles[26].startswith("(aa) ")
+
+
+@pytest.mark.parametrize(
+    ("options", "titles"),
+    [
+        ({"episodes": True}, ["validation loss", "query accuracy", "effective rank, residual stream"]),
+        ({}, ["validation loss", "effective rank, residual stream"]),
+        ({"probes": False, "flops": 0}, ["validation loss"]),
+    ],
+)
+def test_the_brief_figure_is_one_row(tmp_path, options, titles):
+    a = [write_run(tmp_path / f"a{i}", speed=1 + i / 10, layers=3, **options) for i in range(2)]
+    groups = read(a, [write_run(tmp_path / "b", **options | {"episodes": False})])
+    fig = report.brief_figure(groups, ["a", "b"])
+    axes = titled_axes(fig)
+    assert len(fig.subfigs) == 1 and [ax.get_title()[4:] for ax in axes] == titles
+    assert axes[0].get_xlabel() == ("updates" if options.get("flops") == 0 else "FLOPs")
+    assert [text.get_text() for text in axes[0].get_legend().get_texts()] == ["a", "b"]
+    colors = [line.get_color() for line in axes[0].lines]
+    assert colors == [report.COLORS[0], report.COLORS[0], report.COLORS[1]]
+    if "residual" in titles[-1]:
+        lines = axes[-1].lines
+        assert [line.get_color() for line in lines] == colors
+        at_100 = np.mean([10 + 10 * math.exp(-((10 * layer / 50) ** 2)) for layer in range(3)])
+        assert lines[0].get_ydata()[10] == pytest.approx(at_100)  # the mean over layers, at step 100
+
+
+# ---- the command and its messages ----
 
 
 def test_the_command_writes_markdown_and_a_figure(tmp_path):
     a = [write_run(tmp_path / f"hybrid-{i}", speed=1.5, domains=("x", "y")) for i in (1, 2)]
     b = [write_run(tmp_path / f"vanilla-{i}", domains=("x", "y")) for i in (1, 2)]
     out = tmp_path / "new" / "report"
-    done = subprocess.run([sys.executable, "report.py", ",".join(a), ",".join(b), f"--out={out}"], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "report.py", ",".join(a), ",".join(b), f"--out={out}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     text = out.with_suffix(".md").read_text()
-    assert text.startswith("# hybrid against vanilla\n") and "| validation loss, x " in text and "![" in text and text[:200] in done.stdout
+    assert text.startswith("# hybrid against vanilla\n") and "| validation loss, x " in text and "![" in text
+    assert text[:200] in done.stdout and "## Phases" in text and "## Phases" not in done.stdout
     assert out.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_bad_input_is_told_in_one_line(tmp_path):
+def test_write_is_what_train_py_calls(tmp_path):
+    """Of one run, or of two groups; --brief changes the figure alone."""
+    a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b")
+    text = report.write([[tmp_path / "a"]], tmp_path / "a" / "report")
+    assert text.startswith("# a\n") and "## Phases of a" in text
+    assert (tmp_path / "a" / "report.md").read_text() == text + "\n![a](report.png)\n"
+    full = report.write([[a], [b]], f"{tmp_path}/full")
+    brief = report.write([[a], [b]], f"{tmp_path}/brief", brief=True)
+    assert full == brief and full.startswith("# a against b\n")
+    assert (tmp_path / "full.png").read_bytes() != (tmp_path / "brief.png").read_bytes()
+    report.main([a, b, "--brief", f"--out={tmp_path}/main.png"])
+    assert (tmp_path / "main.png").read_bytes() == (tmp_path / "brief.png").read_bytes()
+
+
+def test_bad_input_is_reported_in_one_line(tmp_path):
     a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b")
     (tmp_path / "file").write_text("")
+    groups = "give one or two groups of runs, each a run's folder or several with commas between; got"
     for given, message in (
-        ([], "give one or two arms"),
-        ([a, b, a], "give one or two arms, each a run's folder or several with commas between; got 3"),
-        ([",", b], "give one or two arms"),
+        ([], f"{groups} 0: -"),
+        ([a, b, a], f"{groups} 3: {a} {b} {a}"),
+        ([",", b], groups),
         (["no/such"], "no/such holds no run with a validation loss in log.jsonl"),
         ([f"{a},{a}"], f"{a} is named twice"),
         ([a, "--ot=x"], "unknown key 'ot' in the flags; did you mean 'out'?"),
@@ -251,9 +392,17 @@ def test_bad_input_is_told_in_one_line(tmp_path):
         with pytest.raises(UserError) as error:
             report.main(given)
         assert message in str(error.value) and "\n" not in str(error.value)
-    (tmp_path / "a" / "config.json").write_text("{")  # of no use here
+    (tmp_path / "a" / "config.json").write_text("{")  # the seed is unknown then
     report.main([a, f"--out={tmp_path}/x.md"])
     assert (tmp_path / "x.md").exists() and (tmp_path / "x.png").exists()
+
+
+def test_groups_of_one_name_are_told_apart(tmp_path):
+    names = [[str(tmp_path / "x" / "run-1"), str(tmp_path / "x" / "run-2")], [str(tmp_path / "y" / "run-1")]]
+    assert report.group_names(names) == ["run", "run-1"]
+    assert report.group_names([["x/run"], ["y/run"]]) == ["x/run", "y/run"]
+    assert report.group_names([["out/hybrid/1", "out/hybrid/2"], ["out/vanilla/1", "out/vanilla/2"]]) == [
+        "hybrid", "vanilla"]
 
 
 def test_a_damaged_line_in_the_middle_is_named(tmp_path):
@@ -269,3 +418,160 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path):
         report.read_run(folder)
     path.write_text('{"step": 3, "val/loss": NaN}\n' + whole)
     assert "val/loss" not in report.read_run(folder)["log"][0]
+
+
+def test_a_report_needs_no_torch():
+    """It runs on a laptop that holds the logs alone."""
+    code = "import report, sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+# ---- phases: synthetic curves with known answers ----
+
+STEPS = np.arange(0, 1000, 20)
+
+
+def bump(x):
+    return 50 + 30 * np.exp(-(((x - 400) / 150) ** 2))
+
+
+def rise(x):
+    return 50 + 30 / (1 + np.exp((400 - x) / 80))
+
+
+def fall(x):
+    return 130 - rise(x)
+
+
+def dip(x):
+    return 130 - bump(x)
+
+
+def flat(x):
+    return 60 + 0 * x
+
+
+def late(x):
+    return bump(x - 100)
+
+
+@pytest.mark.parametrize("n", [20, 50, 200, 1000])
+@pytest.mark.parametrize("noise", [0.0, 0.5, 1.5])
+@pytest.mark.parametrize(
+    ("curve", "verdict"),
+    [(bump, "diversify-then-compress"), (rise, "only rise"), (fall, "only fall"), (flat, "flat"),
+     (dip, "fall, then rise")],
+    ids=["bump", "rise", "fall", "flat", "dip"],
+)
+def test_phases_of_known_curves_under_noise(curve, verdict, noise, n):
+    steps, wrong = np.linspace(0, 980, n), 0
+    for seed in range(20):
+        p = report.phase(steps, curve(steps) + noise * np.random.default_rng(seed).standard_normal(n))
+        if p["verdict"] != verdict:
+            wrong += 1
+        elif verdict == "diversify-then-compress":
+            # 30 up from 50 and down from 80; 90% of the fall at 400 + 150 sqrt(ln 10) = 628
+            assert p["peak"] == pytest.approx(400, abs=50 + 60 * noise) and p["start"] < 250
+            assert p["settled"] == pytest.approx(628, abs=50 + 90 * noise)
+            assert p["rise"] == pytest.approx(30 / 50, abs=0.05 + 0.1 * noise)
+            assert p["fall"] == pytest.approx(30 / 80, abs=0.05 + 0.1 * noise) and p["before"] < 0.1
+        elif verdict == "fall, then rise":
+            assert p["before"] == pytest.approx(30 / 80, abs=0.05 + 0.1 * noise)
+            assert p["rise"] == pytest.approx(30 / 50, abs=0.07 + 0.1 * noise)
+    assert wrong <= (2 if noise else 0), wrong
+
+
+def test_noise_alone_is_flat_at_every_length():
+    """The floor once ignored the smoothing: too high for long curves, too low for short ones."""
+    def verdicts(clean, seeds):
+        noise = [5 * np.random.default_rng(seed).standard_normal(len(clean)) for seed in range(seeds)]
+        return [report.phase(np.arange(len(clean)), clean + white)["verdict"] for white in noise]
+
+    for n in (8, 12, 20, 50, 200, 1000):
+        assert verdicts(np.full(n, 100.0), 100).count("flat") >= 92, n
+    for n in (50, 200, 1000):  # and a bump of five times the noise is detected where there are points enough
+        x = np.arange(n) / n
+        clean = 100 + 25 * np.exp(-(((x - 0.45) / 0.15) ** 2))
+        assert verdicts(clean, 20).count("diversify-then-compress") >= 18, n
+
+
+def test_the_fall_from_a_random_start_is_not_the_phase():
+    """Weights start at nearly full rank and lose it at once: the highest point is the first."""
+    drop = 200 * np.exp(-STEPS / 20)
+    p = report.phase(STEPS, bump(STEPS) + drop)
+    assert p["verdict"] == "diversify-then-compress" and p["peak"] == 400
+    assert 60 <= p["start"] <= 160 and p["before"] > 0.7
+    assert report.phase(STEPS, rise(STEPS) + drop)["verdict"] == "fall, then rise"
+
+
+def test_a_bump_before_a_larger_rise_that_goes_on_is_not_missed():
+    p = report.phase(STEPS, bump(STEPS) + 100 / (1 + np.exp((900 - STEPS) / 20)))
+    assert p["verdict"] == "diversify-then-compress" and p["peak"] == 400
+    assert p["rise"] == pytest.approx(0.6, abs=0.03)
+
+
+def test_steps_may_be_unevenly_spaced_and_the_scale_does_not_matter():
+    rng = np.random.default_rng(0)
+    uneven = np.sort(rng.choice(np.arange(1000), 60, replace=False))
+    line = report.phase(uneven, 50 + uneven / 10)  # straight, so no point lies off its neighbours
+    assert line["noise"] == pytest.approx(0.01) and line["verdict"] == "only rise"
+    values = bump(uneven) + rng.standard_normal(60)
+    p, scaled = report.phase(uneven, values), report.phase(uneven, 0.01 * values)
+    assert p["verdict"] == "diversify-then-compress" and abs(p["peak"] - 400) < 60 and 0.02 < p["noise"] < 0.2
+    numbers = [key for key in p if key != "verdict"]
+    assert [scaled[key] for key in numbers] == pytest.approx([p[key] for key in numbers])
+    assert scaled["verdict"] == p["verdict"]
+
+
+def test_what_is_no_phase():
+    """A single outlier, less than 1%, zeros, values that are not finite, too few points."""
+    assert report.phase(STEPS, 60 + 2 * (STEPS == 400))["verdict"] == "flat"
+    assert report.phase(STEPS, 60 + 0.5 * (bump(STEPS) - 50) / 30)["verdict"] == "flat"
+    assert report.phase(STEPS, 0 * STEPS)["verdict"] == "flat"
+    holes = np.where(STEPS % 100 == 0, np.nan, bump(STEPS))
+    assert report.phase(STEPS, holes)["verdict"] == "diversify-then-compress"
+    assert report.phase([0, 1, 2], [1, 2, 1]) | {"verdict": ""} == report.phase([], []) | {"verdict": ""}
+    assert report.phase(STEPS[:7], bump(STEPS[:7]))["verdict"] == "too short"
+
+
+# ---- the summary for the console ----
+
+
+def write_probes(folder, **curves):
+    """probes.jsonl with the curves {kind: [function of the steps for each layer]}; returns its folder."""
+    lines = [{"step": int(step)} for step in STEPS]
+    for kind, layers in curves.items():
+        for layer, function in enumerate(layers):
+            for line, value in zip(lines, function(STEPS).tolist()):
+                line[f"{kind.replace('rank_', 'rank/')}/{layer:02d}"] = value
+    write_jsonl(folder / "probes.jsonl", lines)
+    return folder
+
+
+def test_the_summary_has_a_line_for_each_kind_of_curve(tmp_path):
+    folder = write_probes(tmp_path, entropy=[fall, fall, flat, fall], norm=[bump, rise, bump, late],
+                          rank_resid=[dip] * 4, size=[late, bump])
+    assert report.phase_summary(folder) == [
+        "effective rank, residual stream: fall, then rise in 4 of 4 layers",
+        "attention entropy: only fall in 3 of 4 layers, flat in 1",
+        "norm: diversify-then-compress in 3 of 4 layers (00, 02-03, peak 400-500, settled by 740), "
+        "only rise in 1",
+        "size: diversify-then-compress in 2 of 2 layers (peak 400-500, settled by 740)",
+    ]
+
+
+def test_the_summary_fits_a_console(tmp_path):
+    """Details that do not fit are left out: when layers settle, then when they peak."""
+    resid = [*[bump] * 6, rise, rise, *[bump] * 4]
+    assert report.phase_summary(write_probes(tmp_path, rank_resid=resid, rank_v_proj=[bump] * 12)) == [
+        "effective rank, residual stream: diversify-then-compress in 10 of 12 layers (00-05, 08-11), "
+        "only rise in 2",
+        "effective rank, v_proj: diversify-then-compress in 12 of 12 layers (peak 400, settled by 640)",
+    ]
+    assert report.phase_summary(tmp_path / "none") == []
+
+
+def test_the_summary_of_a_short_run_says_so(tmp_path):
+    write_jsonl(tmp_path / "probes.jsonl", [{"step": step, "rank/resid/00": 3.0} for step in range(6)])
+    assert report.phase_summary(tmp_path) == [
+        "too few probes for phases: 6 of at least 8; lower probe_every"]

@@ -24,6 +24,7 @@ import data
 import probes
 import train
 from config import UserError
+from schedule import Schedule, block_kinds, micro_steps_per_update
 from train import Config
 
 ROOT = Path(train.__file__).parent
@@ -77,56 +78,57 @@ def toy_config(**changes):
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_an_update_is_made_of_the_same_batches_for_any_number_of_ranks(world):
-    cfg = toy_config(global_batch_size=32, meta_draws=2, episodes=2, max_steps=50)
-    kinds = train.draw_kinds(cfg)
-    for step in range(50):
+    cfg = toy_config(global_batch_size=32, meta_blocks=2, episodes=2, max_steps=50)
 
-        def work(world):
-            found = set()
-            for micro in range(train.accumulation(cfg, world)):
-                parts = [train.batch_indices(cfg, kinds, step, micro, rank, world) for rank in range(world)]
-                assert len({episode for episode, _ in parts}) == 1, "all ranks do the same kind"
-                found |= {(episode, n) for episode, numbers in parts for n in numbers}
-            return found
+    def read_in(step, world):
+        """{(kind, number)} of the sequences and episodes of an update."""
+        plan, read = Schedule(cfg, world), []
+        for micro in range(step * plan.micro_steps, (step + 1) * plan.micro_steps):
+            parts = [plan.micro_step(micro, rank, {"lm": 4, "episodes": 2}) for rank in range(world)]
+            assert len({kind for kind, _ in parts}) == 1, "all ranks do the same kind"
+            read += [(kind, n) for kind, numbers in parts for n in numbers]
+        assert len(set(read)) == len(read), "ranks never share a batch"
+        return set(read)
 
-        assert work(1) == work(world)
-        assert len(work(1)) == sum(2 * 4 if episode else 32 // 2 for episode in kinds[step]), "ranks never share a batch"
+    for step, kinds in enumerate(block_kinds(cfg)):
+        assert read_in(step, 1) == read_in(step, world)
+        assert len(read_in(step, 1)) == sum(2 * 4 if kind == "episodes" else 32 // 2 for kind in kinds)
 
 
 def test_a_hybrid_run_sees_the_sequences_of_a_vanilla_one_in_the_same_order():
     def order(cfg):
-        kinds = train.draw_kinds(cfg)
-        parts = [train.batch_indices(cfg, kinds, step, micro, 0, 1) for step in range(cfg.max_steps) for micro in range(4)]
-        return [n for episode, numbers in parts if not episode for n in numbers], [
-            n for episode, numbers in parts if episode for n in numbers
-        ]
+        """{kind: its numbers in the order in which they are read}."""
+        plan, read = Schedule(cfg, 1), {"lm": [], "episodes": []}
+        assert len(plan) == 30 * 4
+        for micro in range(len(plan)):
+            kind, numbers = plan.micro_step(micro, 0, {"lm": 4, "episodes": 1})
+            read[kind] += numbers
+        return read
 
     hybrid, vanilla = order(toy_config(max_steps=30)), order(toy_config(max_steps=30, meta_share=0.0))
-    assert (
-        hybrid[0] == vanilla[0][: len(hybrid[0])] == list(range(len(hybrid[0])))
-        and hybrid[1] == list(range(len(hybrid[1])))
-        and vanilla[1] == []
-    )
+    assert hybrid["lm"] == list(range(len(hybrid["lm"]))) and vanilla["lm"] == list(range(30 * 16))
+    assert hybrid["episodes"] == list(range(len(hybrid["episodes"]))) and vanilla["episodes"] == []
+    assert len(hybrid["lm"]) + 4 * len(hybrid["episodes"]) == 30 * 16
 
 
-def test_the_draws_follow_share_and_start_and_do_not_depend_on_max_steps():
-    kinds = train.draw_kinds(toy_config(max_steps=4000, meta_share=0.3, meta_start=100))
-    assert not kinds[:100].any() and kinds[100:].mean() == pytest.approx(0.3, abs=0.02)
-    assert np.array_equal(train.draw_kinds(toy_config(max_steps=200, meta_share=0.3, meta_start=100)), kinds[:200])
+def test_the_kinds_follow_share_and_start_and_do_not_depend_on_max_steps():
+    kinds = block_kinds(toy_config(max_steps=4000, meta_share=0.3, meta_start=100))
+    assert (kinds[:100] == "lm").all()
+    assert (kinds[100:] == "episodes").mean() == pytest.approx(0.3, abs=0.02)
+    assert np.array_equal(block_kinds(toy_config(max_steps=200, meta_share=0.3, meta_start=100)), kinds[:200])
 
 
 def test_learning_rate_warms_up_and_decays_linearly():
     cfg = toy_config(max_steps=6000, warmup_steps=2500, lr=3e-4)
-    assert [train.lr_at(cfg, step) for step in (0, 1249, 2499, 2500, 4250, 5999)] == pytest.approx(
-        [3e-4 / 2500, 1.5e-4, 3e-4, 3e-4, 1.5e-4, 3e-4 / 3500]
-    )
+    factors = [train.lr_factor(cfg, step) for step in (0, 1249, 2499, 2500, 4250, 5999)]
+    assert factors == pytest.approx([1 / 2500, 0.5, 1, 1, 0.5, 1 / 3500])
 
 
 def test_batches_that_do_not_divide_are_told_with_the_numbers():
     with pytest.raises(UserError, match=r"global_batch_size = 16 must be a multiple of batch_size x ranks = 4 x 3"):
-        train.accumulation(toy_config(), 3)
-    with pytest.raises(UserError, match=r"2 micro-steps .* must be a multiple of meta_draws = 4"):
-        train.accumulation(toy_config(meta_draws=4), 2)
+        micro_steps_per_update(toy_config(), 3)
+    with pytest.raises(UserError, match=r"2 micro-steps .* must be a multiple of meta_blocks = 4"):
+        micro_steps_per_update(toy_config(meta_blocks=4), 2)
 
 
 # ---- what a run writes ----
@@ -144,12 +146,13 @@ def test_a_run_writes_what_others_read(whole, capsys):
     }
     training, validation = [line for line in lines if "lr" in line], [line for line in lines if "val/loss" in line]
     assert [line["step"] for line in training] == list(range(1, 11)) and [line["step"] for line in validation] == [0, 5, 10]
-    kinds = train.draw_kinds(toy_config(max_steps=10))
-    assert {0, 1, 2} == set(kinds.sum(1)), "the seed gives updates of either kind and mixed ones"
-    for line, draws in zip(training, kinds):
-        assert ("train/loss" in line) == (not draws.all()) and ("meta/query_loss" in line) == draws.any()
+    kinds = block_kinds(toy_config(max_steps=10))
+    is_episodes = kinds == "episodes"
+    assert {0, 1, 2} == set(is_episodes.sum(1)), "the seed gives updates of either kind and mixed ones"
+    for line, blocks in zip(training, is_episodes):
+        assert ("train/loss" in line) == (not blocks.all()) and ("meta/query_loss" in line) == blocks.any()
         assert {"tokens", "flops", "grad_norm", "skipped"} <= line.keys()
-    assert training[-1]["tokens"] == (~kinds).sum() * 8 * 32, "LM tokens"
+    assert training[-1]["tokens"] == (~is_episodes).sum() * 8 * 32, "LM tokens"
     for line in [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines() if '"lr"' in line]:
         assert line["tok_per_s"] > 0 and line["mfu"] > 0 and 0 < line["data_wait"] < 1
     assert [line["step"] for line in log(out_dir, "probes.jsonl")] == [0, 5, 10]
@@ -161,10 +164,10 @@ def test_a_run_writes_what_others_read(whole, capsys):
 def test_logged_losses_are_means_over_the_updates_since_the_last_line(toy, tmp_path, whole):
     _, lines = run(toy, tmp_path, "--log_every=5", "--eval_every=0", "--probe_every=0")
     assert [line["step"] for line in lines] == [5, 10]
-    kinds = train.draw_kinds(toy_config(max_steps=10))
+    kinds = block_kinds(toy_config(max_steps=10))
     for line, steps in zip(lines, (range(1, 6), range(6, 11))):
         each = {x["step"]: x for x in whole[1] if "lr" in x}
-        weights = [(~kinds[step - 1]).sum() for step in steps]
+        weights = [(kinds[step - 1] == "lm").sum() for step in steps]
         assert line["train/loss"] == pytest.approx(
             np.average([each[step].get("train/loss", 0) for step in steps], weights=weights), rel=1e-5
         )
@@ -172,7 +175,7 @@ def test_logged_losses_are_means_over_the_updates_since_the_last_line(toy, tmp_p
 
 def test_probes_and_evaluation_leave_the_run_as_it_is(toy, tmp_path, whole):
     state, _ = run(toy, tmp_path, "--eval_every=0", "--probe_every=0")
-    assert all(same(state[key], whole[0][key]) for key in ("model", "head", "optimizer"))
+    assert all(same(state[key], whole[0][key]) for key in ("model", "learner", "optimizers"))
 
 
 @pytest.fixture
@@ -187,7 +190,7 @@ def test_probes_leave_a_compiled_run_as_it_is_and_measure_gradients(toy, tmp_pat
     flags = ["--compile=True", "--max_steps=4", "--seed=4", "--eval_every=0"]
     probed, _ = run(toy, tmp_path / "probed", *flags, "--probe_every=1", "--probe_gradients=True")
     bare, _ = run(toy, tmp_path / "bare", *flags, "--probe_every=0")
-    assert all(same(probed[key], bare[key]) for key in ("model", "head", "optimizer"))
+    assert all(same(probed[key], bare[key]) for key in ("model", "learner", "optimizers"))
     lines = log(tmp_path / "probed", "probes.jsonl")
     assert [line["step"] for line in lines] == list(range(5))
     grads = [{key: value for key, value in line.items() if key.startswith("rank/grad_")} for line in lines]
@@ -287,7 +290,7 @@ def test_ten_updates_equal_five_a_killed_process_and_five_more(toy, tmp_path, wh
     output, _ = second.communicate(timeout=120)
     assert second.returncode == 0 and "ckpt_000005.pt" in output, output
     again = checkpoint.newest(tmp_path / "killed")
-    assert all(same(again[key], straight[key]) for key in ("model", "head", "optimizer", "step", "tokens", "flops"))
+    assert all(same(again[key], straight[key]) for key in ("model", "learner", "optimizers", "step", "tokens", "flops"))
     assert log(tmp_path / "killed") == lines and log(tmp_path / "killed", "probes.jsonl") == log(tmp_path / "straight", "probes.jsonl")
 
 
@@ -360,8 +363,8 @@ torch.save(made.state_dict(), {out!r} + os.environ["RANK"] + ".pt")
 def test_two_ranks_are_bit_identical_and_equal_one_process_with_twice_the_micro_steps(toy, tmp_path, flags):
     """Twenty updates of LM, episodes and both; a head of several layers goes without gradient in some of them."""
     flags = [*flags, "--max_steps=20", "--eval_every=20", "--probe_every=0", "--seed=2"]
-    kinds = train.draw_kinds(toy_config(max_steps=20, seed=2))
-    assert {0, 1, 2} == set(kinds.sum(1))
+    kinds = block_kinds(toy_config(max_steps=20, seed=2))
+    assert {0, 1, 2} == set((kinds == "episodes").sum(1))
     (tmp_path / "worker.py").write_text(WORKER.format(root=str(ROOT), out=str(tmp_path / "rank")))
     two = process(toy, tmp_path / "two", *flags, ranks=2, script=tmp_path / "worker.py")
     output, _ = two.communicate(timeout=240)
@@ -369,7 +372,7 @@ def test_two_ranks_are_bit_identical_and_equal_one_process_with_twice_the_micro_
     a, b = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
     assert same(a, b)
     one, lines = run(toy, tmp_path / "one", *flags, "--compile=False")
-    single = {f"decoder.{name}": p for name, p in one["model"].items()} | {f"head.{name}": p for name, p in one["head"].items()}
+    single = {f"decoder.{name}": p for name, p in one["model"].items()} | one["learner"]
     assert single.keys() == a.keys()
     for name in a:  # Adam turns gradients that are zero but for rounding into whole steps, so compare the bulk
         assert torch.linalg.norm(a[name] - single[name]) < 1e-3 * torch.linalg.norm(single[name]) + 1e-6, name
@@ -384,8 +387,8 @@ def test_updates_with_a_non_finite_gradient_are_skipped_counted_and_end_the_run(
     real = train.Learner.forward
 
     def broken(when):
-        def forward(self, batch):
-            loss, metrics = real(self, batch)
+        def forward(self, kind, batch):
+            loss, metrics = real(self, kind, batch)
             calls[0] += self.training and torch.is_grad_enabled()
             return (loss * math.nan if torch.is_grad_enabled() and when(calls[0]) else loss), metrics
 
@@ -396,7 +399,7 @@ def test_updates_with_a_non_finite_gradient_are_skipped_counted_and_end_the_run(
     state, lines = run(toy, tmp_path / "once")
     assert [line["skipped"] for line in lines if "lr" in line] == [0] + [1] * 9
     assert all(torch.isfinite(p).all() for p in state["model"].values())
-    assert {float(s["step"]) for s in state["optimizer"]["state"].values()} <= set(range(10))
+    assert {float(s["step"]) for s in state["optimizers"][0]["state"].values()} <= set(range(10))
     calls = [0]
     monkeypatch.setattr(train.Learner, "forward", broken(lambda n: True))
     with pytest.raises(UserError, match="not finite in 10 updates in a row"):
@@ -450,7 +453,7 @@ def test_the_papers_configs_run_two_updates(toy, tmp_path, name):
             "--context=32",
             "--global_batch_size=2",
             "--batch_size=1",
-            "--meta_draws=2",
+            "--meta_blocks=2",
             "--window=4",
             "--queries=1",
             "--eval_sequences=1",
@@ -472,7 +475,7 @@ def test_configs_load_with_the_overlay_and_their_batch_divides(name):
     assert cfg.meta_share == 0.5
     assert config.load(Config, [path, str(ROOT / "configs" / "vanilla.py")]) == replace(cfg, meta_share=0.0)
     for world in (1, 2) if name == "demo" else (1, 4, 8):
-        train.accumulation(cfg, world)
+        micro_steps_per_update(cfg, world)
     if name != "demo":
         assert (cfg.lr, cfg.warmup_steps, cfg.max_steps, cfg.ways, cfg.shots, cfg.inner_steps) == (3e-4, 2500, 6000, 32, 4, 10)
 
@@ -499,7 +502,8 @@ def test_wandb_offline_writes_a_run_that_wandb_reads_back(toy, tmp_path):
 
 def test_wandb_disabled_is_not_even_imported(toy, tmp_path):
     flags = [*TOY, f"--data={toy}", f"--out_dir={tmp_path}", "--max_steps=1"]
-    code = f"import sys, train; train.main({flags!r}); assert not {{'wandb', 'matplotlib', 'rustbpe'}} & set(sys.modules)"
+    code = (f"import sys, train; train.main({flags!r}); "
+            "assert not {'wandb', 'matplotlib', 'rustbpe'} & set(sys.modules)")
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

@@ -1,0 +1,110 @@
+"""The machine a script runs on: its device, the precision of matrix products, the ranks of a distributed run.
+
+train.py, eval_ner.py and bench.py share it: `device, dtype = machine.pick_device("auto", "auto")`.
+"""
+import os
+import time
+
+import torch
+import torch.distributed as dist
+
+from config import UserError
+
+DTYPES = ("auto", "bfloat16", "float32")
+PEAK_FLOPS = {  # dense bfloat16 FLOP/s by data sheet
+    "H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12,
+}
+
+
+def rank_and_world():
+    """(number of this process, number of processes), as torchrun tells them; (0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_first_on_node():
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
+def pick_device(name, dtype):
+    """(torch.device, torch.dtype) for the settings `device` and `dtype`; each rank takes a GPU.
+
+    Raises UserError where the device is unknown, not there, or cannot be shared by several ranks.
+    """
+    given, is_alone = name, rank_and_world()[1] == 1
+    if name == "auto":  # gloo, the only backend for several ranks on a Mac, does not know MPS
+        has_mps = torch.backends.mps.is_available() and is_alone
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    if not is_alone and name not in ("cuda", "cpu"):
+        raise UserError(f"device = {given!r} with several ranks: give cuda (each rank takes a GPU) or cpu")
+    if name.split(":")[0] not in ("cuda", "mps", "cpu"):
+        raise UserError(f"device must be auto, cuda, mps or cpu, got {name!r}")
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except Exception as error:  # RuntimeError, AssertionError: whatever the backend raises
+        raise UserError(f"device {name} is not available here: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = True
+    if dtype != "auto":
+        return device, getattr(torch, dtype)
+    if device.type == "cpu":  # without these instructions bfloat16 is emulated, a hundred times slower
+        has = torch.cpu.get_capabilities()
+        is_fast = has.get("amx_bf16") or has.get("avx512_bf16") or has.get("bf16")
+    else:
+        is_fast = device.type == "mps" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return device, torch.bfloat16 if is_fast else torch.float32
+
+
+def join_ranks(device):
+    """Connects the processes that torchrun started; nothing to do for one alone."""
+    if rank_and_world()[1] > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+
+
+def any_rank(flag):
+    """Whether `flag` is true on any rank."""
+    if not dist.is_initialized():
+        return bool(flag)
+    flags = torch.tensor([int(bool(flag))])
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags.item())
+
+
+def autocast(device, dtype):
+    """The context where matrix products run in `dtype`; parameters and the residual stream stay float32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def synchronize(device):
+    """Waits until the device has done what it was given, so that the clock can be read."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def describe(device, dtype, is_compiled):
+    """For instance "cpu, bfloat16, eager, 1 rank of 2 threads"."""
+    world = rank_and_world()[1]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    ranks = "1 rank" if world == 1 else f"{world} ranks"
+    threads = f" of {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    mode = "compiled" if is_compiled else "eager"
+    return f"{name}, {str(dtype).removeprefix('torch.')}, {mode}, {ranks}{threads}"
+
+
+def peak_flops(device, dtype):
+    """FLOP/s that MFU is measured against: the GPU's data sheet, else what a large matrix product reaches."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        for name, peak in PEAK_FLOPS.items():
+            if name in torch.cuda.get_device_name(device):
+                return peak
+    n = 2048 if device.type == "cpu" else 8192
+    a = torch.ones(n, n, device=device, dtype=dtype)
+    rates = []
+    for _ in range(4):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()
+        rates.append(2 * n**3 / (time.perf_counter() - start))
+    return max(rates)

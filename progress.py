@@ -1,0 +1,137 @@
+"""Where a run stands: counted while it trains, saved with the parameters, restored on a resume.
+
+    progress = resume(cfg, corpus, learner, optimizers) or Progress()
+    checkpoint.save(out_dir, checkpoint_state(cfg, corpus, learner, optimizers, progress), keep=2)
+"""
+import os
+from dataclasses import asdict, dataclass, field, fields
+
+import torch
+import torch.distributed as dist
+
+import checkpoint
+from config import UserError
+
+# These may differ from the checkpoint's on a resume: they do not change what is computed, or (device,
+# dtype and compile) only how it rounds.
+MAY_CHANGE_ON_RESUME = {
+    "out_dir", "data", "log_every", "eval_every", "eval_sequences", "probe_every", "probe_gradients",
+    "checkpoint_every", "keep", "keep_every", "report", "wandb", "wandb_project", "device", "dtype",
+    "compile",
+}
+
+
+INTERVAL = ("steps", "seconds", "waited", "tokens", "flops")
+
+
+@dataclass
+class Progress:
+    """Where a run stands. A checkpoint holds it whole, so a run may stop and resume between two log lines."""
+
+    step: int = 0  # updates done
+    tokens: int = 0  # of next-token prediction, over all ranks
+    flops: int = 0  # counted, over all ranks
+    seconds: float = 0.0  # of training; evaluation, probes and checkpoints do not count
+    run_id: str = field(default_factory=lambda: os.urandom(4).hex())  # of wandb
+    stuck_logs: int = 0  # log lines in a row whose query loss is at ln N
+    # Since the last log line, over all ranks: steps, seconds of training and of these waiting for data,
+    # tokens of all kinds, FLOPs; and micro-steps of each kind.
+    interval: dict = field(default_factory=lambda: dict.fromkeys(INTERVAL, 0))
+    micro_steps: dict = field(default_factory=dict)
+    # Tensors stay on the device, since reading them waits for it.
+    sums: dict = field(default_factory=dict)  # {metric: (sum, micro-steps)} since the last log line
+    skipped: torch.Tensor = field(default_factory=lambda: torch.zeros(2))  # updates skipped: in all, in a row
+
+    def to(self, device):
+        self.sums = {name: total.to(device) for name, total in self.sums.items()}
+        self.skipped = self.skipped.to(device)
+        return self
+
+    def count(self, kind, tokens, flops, waited):
+        """Counts a micro-step."""
+        self.tokens += tokens if kind == "lm" else 0
+        self.flops += flops
+        self.interval["tokens"] += tokens
+        self.interval["flops"] += flops
+        self.interval["waited"] += waited
+        self.micro_steps[kind] = self.micro_steps.get(kind, 0) + 1
+
+    def finish_update(self, totals, is_bad):
+        """Adds an update's {metric: (sum, micro-steps)}, unless it `is_bad` and so skipped."""
+        for name, total in totals.items():
+            self.sums[name] = self.sums.get(name, 0) + total.where(is_bad == 0, 0)
+        self.skipped = torch.stack((self.skipped[0] + is_bad, (self.skipped[1] + 1) * is_bad))
+        self.step += 1
+        self.interval["steps"] += 1
+
+    def add_seconds(self, seconds):
+        self.seconds += seconds
+        self.interval["seconds"] += seconds
+
+    def interval_metrics(self, peak_flops):
+        """Means and rates since the last log line, for log.jsonl. peak_flops: what MFU is a share of."""
+        interval, sums = self.interval, {name: total.tolist() for name, total in self.sums.items()}
+        return {
+            "flops": self.flops, "seconds": self.seconds,
+            **{name: total / count for name, (total, count) in sums.items() if count},
+            "tok_per_s": interval["tokens"] / interval["seconds"],
+            "mfu": interval["flops"] / interval["seconds"] / peak_flops,
+            "data_wait": interval["waited"] / interval["seconds"],
+            "skipped": int(self.skipped[0]),
+        }
+
+    def start_interval(self):
+        self.interval, self.micro_steps, self.sums = dict.fromkeys(INTERVAL, 0), {}, {}
+
+
+def checkpoint_state(cfg, corpus, learner, optimizers, progress):
+    """What a checkpoint holds: "model" as transformers loads it, and all else that a resume needs."""
+    state = learner.state_dict()
+    return {
+        "model": learner.decoder.state_dict(),
+        "learner": {name: p for name, p in state.items() if not name.startswith("decoder.")},
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "config": asdict(cfg), "corpus_tokens": corpus.tokens, **vars(progress),
+    }
+
+
+def resume(cfg, corpus, learner, optimizers):
+    """Restores the newest good checkpoint of out_dir: its Progress, or None where there is none.
+
+    Refuses one whose settings differ in a field that matters, or whose data or parameters do.
+    """
+    state = checkpoint.newest(cfg.out_dir)
+    if state is None:
+        return None
+    saved, now = asdict(checkpoint.load_config(type(cfg), state)), asdict(cfg)
+    differences = [f"{key} = {saved[key]!r} there, {now[key]!r} here" for key in now
+                   if key not in MAY_CHANGE_ON_RESUME and saved[key] != now[key]]
+    if differences:
+        raise UserError(f"{cfg.out_dir} holds a run with another config ({'; '.join(differences)}): take its "
+                        "values, or another --out_dir")
+    if "learner" not in state:
+        raise UserError(f"{cfg.out_dir} holds a run of an older version, whose checkpoints can be "
+                        "evaluated but not resumed: take another --out_dir")
+    if state["corpus_tokens"] != corpus.tokens:
+        raise UserError(f"{cfg.out_dir} holds a run on {state['corpus_tokens']:,} training tokens, "
+                        f"{cfg.data} has {corpus.tokens:,}: give its --data, or another --out_dir")
+    parameters = {f"decoder.{name}": p for name, p in state["model"].items()} | state["learner"]
+    try:
+        learner.load_state_dict(parameters)
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+    except (RuntimeError, ValueError) as error:  # a fork that added parameters or changed the optimizer
+        reason = " ".join(str(error).split())
+        raise UserError(f"{cfg.out_dir} holds a run with other parameters or optimizers ({reason}): take "
+                        "another --out_dir") from None
+    return Progress(**{f.name: state[f.name] for f in fields(Progress) if f.name in state})
+
+
+def require_same_step(progress, world, out_dir):
+    """All ranks resume from the same step, or the run ends: they may see different folders."""
+    if world > 1:
+        steps = torch.tensor([progress.step, -progress.step])
+        dist.all_reduce(steps, op=dist.ReduceOp.MAX)
+        if steps[0] != -steps[1]:
+            raise UserError(f"ranks found checkpoints of steps {-steps[1]} to {steps[0]} in {out_dir}: all "
+                            "nodes must share this folder")

@@ -1,0 +1,95 @@
+"""Which kind each micro-step is, and which sequences or episodes each rank reads in it.
+
+    schedule = Schedule(cfg, world)                                 # cfg: train.py's Config
+    kind, numbers = schedule.micro_step(123, rank, {"lm": 16, "episodes": 1})      # ("lm", range(1952, 1968))
+
+All of it is a pure function of the settings: the same on every rank, after a resume, and whatever ran before.
+"""
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from config import UserError
+
+
+def micro_steps_per_update(cfg, world):
+    """Micro-steps of an update on each of `world` ranks."""
+    micro_steps, rest = divmod(cfg.global_batch_size, cfg.batch_size * world)
+    if rest or micro_steps == 0:
+        raise UserError(f"global_batch_size = {cfg.global_batch_size} must be a multiple of "
+                        f"batch_size x ranks = {cfg.batch_size} x {world}")
+    if cfg.meta_share > 0 and micro_steps % cfg.meta_blocks:
+        raise UserError(f"{micro_steps} micro-steps of an update (global_batch_size / (batch_size x ranks)) "
+                        f"must be a multiple of meta_blocks = {cfg.meta_blocks}: lower meta_blocks or "
+                        "batch_size")
+    return micro_steps
+
+
+def block_kinds(cfg):
+    """(max_steps, blocks) names of kinds. Step n is the same whatever max_steps is."""
+    if cfg.meta_share == 0:
+        return np.full((cfg.max_steps, 1), "lm")
+    draws = np.random.default_rng([cfg.seed, 2]).random((cfg.max_steps, cfg.meta_blocks))
+    kinds = np.where(draws < cfg.meta_share, "episodes", "lm")
+    kinds[:cfg.meta_start] = "lm"
+    return kinds
+
+
+class Schedule:
+    """Which kind each micro-step is, and which sequences or episodes each rank reads in it.
+
+    The batches of each kind are numbered apart, so a hybrid run sees the sequences of a vanilla one, in
+    the same order. The micro-steps of an update come in blocks of one kind; a block covers the same
+    sequences or episodes for any number of ranks, and so does an update.
+    """
+
+    def __init__(self, cfg, world):
+        self.world, self.micro_steps = world, micro_steps_per_update(cfg, world)
+        self.kinds = block_kinds(cfg)
+        self.earlier = np.zeros(self.kinds.shape, np.int64)  # blocks of the same kind before this one
+        for kind in np.unique(self.kinds):
+            is_kind = self.kinds == kind
+            self.earlier[is_kind] = np.arange(is_kind.sum())
+
+    def __len__(self):
+        """Micro-steps of the whole run."""
+        return len(self.kinds) * self.micro_steps
+
+    def micro_step(self, number, rank, sizes):
+        """(kind, range of numbers) of micro-step `number` of the run.
+
+        sizes: {kind: sequences or episodes of a micro-step on each rank}.
+        """
+        step, micro = divmod(number, self.micro_steps)
+        per_block = self.micro_steps // self.kinds.shape[1]
+        block, i = divmod(micro, per_block)
+        kind = str(self.kinds[step, block])
+        first = ((int(self.earlier[step, block]) * per_block + i) * self.world + rank) * sizes[kind]
+        return kind, range(first, first + sizes[kind])
+
+
+def read_ahead(schedule, sources, rank, device, first):
+    """Yields (kind, batch on the device, seconds waited for it) of the micro-steps from `first` on.
+
+    A thread builds each batch while the one before it trains.
+    """
+    sizes = {kind: source.size for kind, source in sources.items()}
+
+    def build(number):
+        kind, numbers = schedule.micro_step(number, rank, sizes)
+        batch = sources[kind].batches[numbers]
+        return kind, type(batch)(*(t.pin_memory() for t in batch)) if device.type == "cuda" else batch
+
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(build, first) if first < len(schedule) else None
+        for number in range(first, len(schedule)):
+            start = time.perf_counter()
+            kind, batch = ahead.result()
+            ahead = pool.submit(build, number + 1) if number + 1 < len(schedule) else None
+            # A GPU that is still busy did not wait.
+            is_busy = device.type == "cuda" and not torch.cuda.current_stream().query()
+            waited = 0.0 if is_busy else time.perf_counter() - start
+            batch = type(batch)(*(t.to(device, non_blocking=device.type == "cuda") for t in batch))
+            yield kind, batch, waited
