@@ -30,7 +30,7 @@ import prepare
 import probes
 import train
 from config import UserError
-from schedule import micro_steps_per_update
+from schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def measure(device, calls, rounds, before_round):
 def bench(cfg):
     """All figures of a config, as a dict."""
     device, dtype = machine.pick_device(cfg.device, cfg.dtype)
-    micro_steps = micro_steps_per_update(cfg, 1)
+    micro_steps = Schedule(cfg, 1).micro_steps
     corpus, tokenizer = made_up(min(cfg.vocab_size, 2**16))
     learner = train.build_learner(cfg, dtype).to(device)
     optimizers, params = train.build_optimizers(cfg, learner), list(learner.parameters())

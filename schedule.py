@@ -14,19 +14,6 @@ import torch
 from config import UserError
 
 
-def micro_steps_per_update(cfg, world):
-    """Micro-steps of an update on each of `world` ranks."""
-    micro_steps, rest = divmod(cfg.global_batch_size, cfg.batch_size * world)
-    if rest or micro_steps == 0:
-        raise UserError(f"global_batch_size = {cfg.global_batch_size} must be a multiple of "
-                        f"batch_size x ranks = {cfg.batch_size} x {world}")
-    if cfg.meta_share > 0 and micro_steps % cfg.meta_blocks:
-        raise UserError(f"{micro_steps} micro-steps of an update (global_batch_size / (batch_size x ranks)) "
-                        f"must be a multiple of meta_blocks = {cfg.meta_blocks}: lower meta_blocks or "
-                        "batch_size")
-    return micro_steps
-
-
 def block_kinds(cfg):
     """(max_steps, blocks) names of kinds. Step n is the same whatever max_steps is."""
     if cfg.meta_share == 0:
@@ -46,8 +33,16 @@ class Schedule:
     """
 
     def __init__(self, cfg, world):
-        self.world, self.micro_steps = world, micro_steps_per_update(cfg, world)
-        self.kinds = block_kinds(cfg)
+        self.kinds, self.world = block_kinds(cfg), world
+        # Micro-steps of an update on each rank
+        self.micro_steps, rest = divmod(cfg.global_batch_size, cfg.batch_size * world)
+        if rest or self.micro_steps == 0:
+            raise UserError(f"global_batch_size = {cfg.global_batch_size} must be a multiple of "
+                            f"batch_size x ranks = {cfg.batch_size} x {world}")
+        if self.micro_steps % self.kinds.shape[1]:
+            raise UserError(f"{self.micro_steps} micro-steps of an update (global_batch_size / (batch_size x "
+                            f"ranks)) must be a multiple of meta_blocks = {cfg.meta_blocks}: lower "
+                            "meta_blocks or batch_size")
         self.earlier = np.zeros(self.kinds.shape, np.int64)  # blocks of the same kind before this one
         for kind in np.unique(self.kinds):
             is_kind = self.kinds == kind

@@ -184,7 +184,8 @@ def build_learner(cfg, dtype):
     generator = torch.Generator().manual_seed(cfg.seed)
     decoder = Decoder(cfg, generator)
     head = Head(cfg.d_model, cfg.head_layers, cfg.head_width, cfg.head_start, cfg.ways, generator)
-    return Learner(decoder, head, cfg.adapt, cfg.inner_steps, cfg.inner_lr, cfg.first_order, dtype)
+    adapt = cfg.adapt if cfg.meta_share > 0 else "head"  # else nothing adapts
+    return Learner(decoder, head, adapt, cfg.inner_steps, cfg.inner_lr, cfg.first_order, dtype)
 
 
 def build_optimizers(cfg, learner):

@@ -1,12 +1,12 @@
-# 65M: 64,595,328 parameters (arXiv 2508.02189). The schedule, where we deviate from the paper, and the data: configs/570m.py.
+# 65M: 64,595,328 parameters (arXiv 2508.02189). Schedule, data, deviations from the paper: 570m.py.
 # torchrun --standalone --nproc_per_node=8 train.py configs/65m.py
 data = "data/fineweb"
 out_dir = "out/65m"
 
 d_model = 384
 
-# 16 sequences x 2 micro-steps x 8 GPUs = 256 sequences x 2048 tokens = 524,288 tokens per update of next-token prediction alone.
-# An episode's micro-step reads 32 x (4 + 4) windows x 128 = 32,768 tokens, as many as a next-token micro-step: 16 x 2048.
+# 16 sequences x 2 micro-steps x 8 GPUs = 256 sequences x 2048 tokens = 524,288 tokens an update, vanilla.
+# A micro-step of episodes reads 32 x (4 + 4) windows x 128 = 32,768 tokens, as many as one of 16 x 2048.
 global_batch_size = 256
 batch_size = 16  # per GPU; not measured on one yet
 

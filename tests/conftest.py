@@ -16,9 +16,11 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 TOY_VOCAB = 256 + 3000 + 2
 
 # Flags of a run of seconds on the toy corpus; each update has LM, episode or both kinds of micro-steps.
-TOY = f"""--d_model=24 --n_layers=2 --n_heads=2 --n_kv_heads=1 --vocab_size={TOY_VOCAB + 6} --context=32 --global_batch_size=16
---batch_size=4 --meta_blocks=2 --ways=4 --shots=2 --queries=2 --window=8 --inner_steps=3 --inner_lr=1 --warmup_steps=2 --lr=1e-3
---log_every=1 --eval_every=5 --probe_every=5 --checkpoint_every=5 --eval_sequences=8 --report=False --device=cpu --dtype=float32""".split()
+TOY = f"""--d_model=24 --n_layers=2 --n_heads=2 --n_kv_heads=1 --vocab_size={TOY_VOCAB + 6} --context=32
+--global_batch_size=16 --batch_size=4 --meta_blocks=2 --ways=4 --shots=2 --queries=2 --window=8
+--inner_steps=3 --inner_lr=1
+--warmup_steps=2 --lr=1e-3 --log_every=1 --eval_every=5 --probe_every=5 --checkpoint_every=5
+--eval_sequences=8 --report=False --device=cpu --dtype=float32""".split()
 
 
 def write_bin(path, tokens):
@@ -29,13 +31,16 @@ def write_bin(path, tokens):
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
-    """A folder of bins over a vocabulary of 3,000 words: train in two shards, 150,000 tokens, and validation."""
+    """A folder of bins over a vocabulary of 3,000 words: train in two shards, 150,000 tokens, and
+    validation.
+    """
     folder = tmp_path_factory.mktemp("toy")
     letters, words = random.Random(0), set()
     while len(words) < 3000:
         words.add(" " + "".join(letters.choices("abcdefghij", k=letters.randint(4, 7))))
     tokens = [bytes([i]) for i in range(256)] + [word.encode() for word in sorted(words)]
-    spec = {"name": "toy", "pattern": prepare.PATTERN, "tokens": [base64.b64encode(token).decode() for token in tokens]}
+    encoded = [base64.b64encode(token).decode() for token in tokens]
+    spec = {"name": "toy", "pattern": prepare.PATTERN, "tokens": encoded}
     (folder / "tokenizer.json").write_text(json.dumps(spec))
     rng = np.random.default_rng(0)
 

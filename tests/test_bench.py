@@ -12,7 +12,11 @@ import data
 from config import UserError
 from model import Decoder, ModelConfig
 
-TINY = [flag for flag in TOY if not flag.startswith("--vocab_size")] + ["--vocab_size=3264", "--rounds=1", "--json"]
+TINY = [flag for flag in TOY if not flag.startswith("--vocab_size")] + [
+    "--vocab_size=3264",
+    "--rounds=1",
+    "--json",
+]
 
 
 def measure(capsys, *flags):
@@ -30,7 +34,9 @@ def test_the_figures_add_up(capsys, flags):
         assert step["of_limit"] == pytest.approx(step["flop_per_s"] / result["limit_flop_per_s"])
     ratio = (episodes["ms"] / episodes["tokens"]) / (lm["ms"] / lm["tokens"])
     assert result["episode_over_lm_at_equal_tokens"] == pytest.approx(ratio)
-    same = result["episode_over_lm_by_flops"] * lm["flop_per_s"] / episodes["flop_per_s"]  # FLOPs are rate x time
+    same = (
+        result["episode_over_lm_by_flops"] * lm["flop_per_s"] / episodes["flop_per_s"]
+    )  # FLOPs are rate x time
     assert same == pytest.approx(ratio)
     # 16 sequences an update, 4 a micro-step, half of them episodes
     optimizer = result["shares"]["optimizer"] * result["update_ms"]
@@ -67,7 +73,9 @@ def test_second_order_is_measured_uncompiled(capsys):
 
 
 def test_the_logits_are_never_whole():
-    """A loss and its gradients at the paper's vocabulary take a fraction of what the logits would in float32."""
+    """A loss and its gradients at the paper's vocabulary take a fraction of what the logits would in
+    float32.
+    """
     decoder, n = Decoder(ModelConfig(n_layers=1)), 4096
     x, targets = torch.randn(1, n, 96, requires_grad=True), torch.randint(0, 50304, (1, n))
     spent = bench.peak_memory(torch.device("cpu"), lambda: decoder.loss(x, targets).backward())
@@ -79,11 +87,24 @@ def test_the_logits_are_never_whole():
 def test_the_tables_name_every_measurement(capsys):
     bench.main([flag for flag in TINY if flag != "--json"])
     out = capsys.readouterr().out
-    for word in ("limit ", "lm ", "episodes ", "optimizer ", "probes ", "logging ", "data, in the background ", "attention ", "MLP "):
+    for word in (
+        "limit ",
+        "lm ",
+        "episodes ",
+        "optimizer ",
+        "probes ",
+        "logging ",
+        "data, in the background ",
+        "attention ",
+        "MLP ",
+    ):
         assert word in out
 
 
-@pytest.mark.parametrize(("flag", "message"), [("--rounds=0", "rounds must be at least 1"), ("--against=pico", "against must be one of")])
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [("--rounds=0", "rounds must be at least 1"), ("--against=pico", "against must be one of")],
+)
 def test_bad_flags_are_told(flag, message):
     with pytest.raises(UserError, match=message):
         bench.main([*TINY, flag])

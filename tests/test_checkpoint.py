@@ -28,7 +28,9 @@ def test_load_model_takes_a_run_or_a_file(tmp_path):
     for path, step in ((tmp_path, 2), (tmp_path / "ckpt_000001.pt", 1)):
         decoder = checkpoint.load_model(path)
         assert not decoder.training and decoder.cfg == CFG
-        assert all(torch.equal(a, b) for a, b in zip(decoder.state_dict().values(), state(step)["model"].values()))
+        assert all(
+            torch.equal(a, b) for a, b in zip(decoder.state_dict().values(), state(step)["model"].values())
+        )
     with pytest.raises(UserError, match="no checkpoint in"):
         checkpoint.load_model(tmp_path / "..")
     with pytest.raises(UserError, match="no checkpoint at"):
@@ -36,7 +38,9 @@ def test_load_model_takes_a_run_or_a_file(tmp_path):
 
 
 def test_a_save_never_deletes_itself_and_drops_the_steps_that_a_resume_gave_up(tmp_path):
-    """Pruning once counted damaged files of later steps among the newest, and so deleted what it had just written."""
+    """Pruning once counted damaged files of later steps among the newest, and so deleted what it had just
+    written.
+    """
     for step in (1000, 1250, 1500):
         checkpoint.save(tmp_path, state(step), keep=5)
     (tmp_path / "ckpt_001500.pt").write_bytes(b"")

@@ -1,8 +1,14 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 import config
 from config import UserError
 from train import Config
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
 def load(*argv):
@@ -11,7 +17,9 @@ def load(*argv):
 
 def test_defaults_then_files_left_to_right_then_flags(tmp_path):
     (tmp_path / "a.py").write_text("lr = 1e-4\nmax_steps = 6 * 100\nways = 5\n")
-    (tmp_path / "b.py").write_text("import math\n_half = 0.5\nmeta_share = _half\nways = int(math.sqrt(64))\n")
+    (tmp_path / "b.py").write_text(
+        "import math\n_half = 0.5\nmeta_share = _half\nways = int(math.sqrt(64))\n"
+    )
     cfg = load("--lr=0.5", str(tmp_path / "a.py"), str(tmp_path / "b.py"))
     assert (cfg.lr, cfg.max_steps, cfg.ways, cfg.meta_share, cfg.shots) == (0.5, 600, 8, 0.5, 4)
     assert load(str(tmp_path / "b.py"), str(tmp_path / "a.py")).ways == 5
@@ -101,3 +109,28 @@ def test_help_lists_every_field_with_default_and_comment(capsys):
     for field in Config.__dataclass_fields__.values():
         assert f"--{field.name}={field.default}" in out
         assert len(comments[field.name]) > 8 and comments[field.name] in out, field.name
+
+
+def test_a_value_by_rule_follows_what_it_depends_on(tmp_path):
+    """`inner_lr = 25.6 / d_model` in a config file stayed as it was when a flag changed d_model."""
+    assert load().inner_lr == 25.6 / 96
+    for name in ("11m", "570m"):
+        cfg = load(str(CONFIGS / f"{name}.py"), "--d_model=384")
+        assert (cfg.inner_lr, cfg.d_hidden) == (25.6 / 384, 1536)
+    assert load("--d_model=384", "--inner_lr=0.1").inner_lr == 0.1
+
+
+def test_fields_of_episodes_are_checked_where_episodes_run():
+    """`configs/vanilla.py --context=64` was refused for the window of episodes that never run."""
+    bad = ["--context=64", "--ways=1", "--adapt=(", "--shots=0", "--inner_lr=-1"]
+    assert load(str(CONFIGS / "11m.py"), str(CONFIGS / "vanilla.py"), *bad).context == 64
+    for flag in bad:
+        with pytest.raises(UserError):
+            load(str(CONFIGS / "11m.py"), flag)
+
+
+def test_help_into_a_closed_pipe_is_no_error():
+    """`train.py --help | head` ended in a BrokenPipeError."""
+    command = f"{sys.executable} train.py --help | {sys.executable} -c pass"
+    done = subprocess.run(command, shell=True, cwd=CONFIGS.parent, capture_output=True, text=True)
+    assert "Error" not in done.stderr, done.stderr

@@ -12,7 +12,6 @@ import data
 import prepare
 from data import Corpus, Episodes, Sequences, open_bin, open_corpus
 
-
 # ---- bins ----
 
 
@@ -25,13 +24,20 @@ def test_bins_of_llm_c_and_of_nanogpt_are_read(tmp_path):
     np.array([4, 5], "<u2").tofile(tmp_path / "nanogpt" / "val.bin")
     for folder in ("llmc", "nanogpt"):
         train, val = open_corpus(tmp_path / folder)
-        assert train.shards[0].tolist() == [1, 2, 3] and list(val) == ["val"] and val["val"].shards[0].tolist() == [4, 5]
+        assert (
+            train.shards[0].tolist() == [1, 2, 3]
+            and list(val) == ["val"]
+            and val["val"].shards[0].tolist() == [4, 5]
+        )
 
 
 def test_validation_bins_are_grouped_by_domain(tmp_path):
     for name in ("train_000000", "val_news-2_000000", "val_news-2_000001", "val_blogs_000000"):
         write_bin(tmp_path / f"{name}.bin", [1, 2])
-    assert {name: len(split.paths) for name, split in open_corpus(tmp_path)[1].items()} == {"news-2": 2, "blogs": 1}
+    assert {name: len(split.paths) for name, split in open_corpus(tmp_path)[1].items()} == {
+        "news-2": 2,
+        "blogs": 1,
+    }
 
 
 def test_bad_bins_are_refused_in_one_line(tmp_path):
@@ -90,7 +96,9 @@ def test_sequences_are_a_pure_function_of_seed_and_index(toy):
 
 
 def test_a_corpus_too_short_for_the_context_is_refused(toy):
-    refuses(lambda: Sequences(open_corpus(toy)[0], 60_000, 0), "2 x context = 120000", "the longest has 100000")
+    refuses(
+        lambda: Sequences(open_corpus(toy)[0], 60_000, 0), "2 x context = 120000", "the longest has 100000"
+    )
 
 
 def test_eval_sequences_shrink_to_a_short_corpus(tmp_path):
@@ -123,7 +131,13 @@ def test_episodes_hold_n_distinct_words_masked_in_windows_of_the_corpus_that_do_
             found = []
             for window in windows:  # where in the corpus: all tokens but the masked ones agree
                 starts = np.flatnonzero(
-                    np.all([(corpus[i : len(corpus) - 16 + i] == window[i]) | (window[i] == mask) for i in range(16)], axis=0)
+                    np.all(
+                        [
+                            (corpus[i : len(corpus) - 16 + i] == window[i]) | (window[i] == mask)
+                            for i in range(16)
+                        ],
+                        axis=0,
+                    )
                 )
                 found.append({(int(start), int(corpus[start + 15])) for start in starts})
             word = set.intersection(*[{word for _, word in places} for places in found])
@@ -134,9 +148,13 @@ def test_episodes_hold_n_distinct_words_masked_in_windows_of_the_corpus_that_do_
             starts = [next(start for start, w in sorted(places) if w == word) for places in found]
             for start, window in zip(starts, windows):
                 original = corpus[start : start + 16]
-                assert np.array_equal(window == mask, original == word), "every occurrence is masked, and nothing else"
+                assert np.array_equal(window == mask, original == word), (
+                    "every occurrence is masked, and nothing else"
+                )
                 assert not tokenizer.decode([int(corpus[start + 16])])[0].isalpha(), "a whole word"
-            assert all(abs(a - b) >= 16 for i, a in enumerate(starts) for b in starts[:i]), "windows of a word overlap"
+            assert all(abs(a - b) >= 16 for i, a in enumerate(starts) for b in starts[:i]), (
+                "windows of a word overlap"
+            )
         assert len(set(words)) == 6 and words == ids_of_words.tolist()
 
 
@@ -146,10 +164,20 @@ def test_a_word_in_another_case_or_without_its_space_is_masked_too_and_never_a_s
     forms = [form for word in words for form in (word, word[1:], word.title(), word[1:].title())]
     tokens = [bytes([i]) for i in range(256)] + [form.encode() for form in forms]
     (tmp_path / "tokenizer.json").write_text(
-        json.dumps({"name": "forms", "pattern": prepare.PATTERN, "tokens": [base64.b64encode(token).decode() for token in tokens]})
+        json.dumps(
+            {
+                "name": "forms",
+                "pattern": prepare.PATTERN,
+                "tokens": [base64.b64encode(token).decode() for token in tokens],
+            }
+        )
     )
     rng = np.random.default_rng(0)
-    ids = 256 + 4 * np.tile(rng.integers(0, 512, (4000, 1, 10)), (1, 3, 1)).ravel() + rng.integers(0, 4, 120_000)  # thrice, 10 apart
+    ids = (
+        256
+        + 4 * np.tile(rng.integers(0, 512, (4000, 1, 10)), (1, 3, 1)).ravel()
+        + rng.integers(0, 4, 120_000)
+    )  # thrice, 10 apart
     ids[1::2] = ord(".")  # ... and apart, so that forms without a space end a word
     write_bin(tmp_path / "train.bin", ids)
     write_bin(tmp_path / "val.bin", [1, 2])
@@ -162,11 +190,19 @@ def test_a_word_in_another_case_or_without_its_space_is_masked_too_and_never_a_s
         for window in windows:
             place = np.flatnonzero(((contexts == window) | (window == maker.mask_id)).all(1))
             word = {tokenizer.decode([int(contexts[i][-1])]).strip().lower() for i in place}
-            masked = {tokenizer.decode([int(t)]).strip().lower() for i in place for t in contexts[i][window == maker.mask_id]}
+            masked = {
+                tokenizer.decode([int(t)]).strip().lower()
+                for i in place
+                for t in contexts[i][window == maker.mask_id]
+            }
             assert len(word) == 1 and masked == word
-            assert not any(tokenizer.decode([int(t)]).strip().lower() in word for t in window[window != maker.mask_id])
+            assert not any(
+                tokenizer.decode([int(t)]).strip().lower() in word for t in window[window != maker.mask_id]
+            )
             several += (window == maker.mask_id).sum() > 1
-            assert len(place) == 1 and all(abs(place[0] - start) >= 16 for start in starts), "windows of a word overlap"
+            assert len(place) == 1 and all(abs(place[0] - start) >= 16 for start in starts), (
+                "windows of a word overlap"
+            )
             starts.append(place[0])
         assert not word & seen
         seen |= word
@@ -174,7 +210,9 @@ def test_a_word_in_another_case_or_without_its_space_is_masked_too_and_never_a_s
 
 
 def test_every_occurrence_of_the_word_is_masked(toy, tmp_path):
-    """A corpus where ten words come three times over, so that a window of 16 that ends at the last holds its word twice."""
+    """A corpus where ten words come three times over, so that a window of 16 that ends at the last holds
+    its word twice.
+    """
     rng = np.random.default_rng(0)
     write_bin(tmp_path / "train.bin", 256 + np.tile(rng.integers(0, 2000, (3000, 1, 10)), (1, 3, 1)).ravel())
     write_bin(tmp_path / "val.bin", [1, 2])
@@ -216,7 +254,11 @@ def test_the_order_of_the_words_is_random(tmp_path, toy):
 
 
 def test_too_few_words_for_the_ways_are_told_with_the_numbers(toy):
-    refuses(lambda: episodes(toy, ways=2000, window=32).episode(0), "ways = 2000 are needed", "windows of 32 tokens")
+    refuses(
+        lambda: episodes(toy, ways=2000, window=32).episode(0),
+        "ways = 2000 are needed",
+        "windows of 32 tokens",
+    )
 
 
 # ---- tokenizers ----

@@ -18,9 +18,21 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 def step(toy, device, dtype, flags=()):
-    """{kind: (loss, gradients)} of a micro-step of each kind, at a width that tensor cores and fused attention take."""
+    """{kind: (loss, gradients)} of a micro-step of each kind, at a width that tensor cores and fused
+    attention take.
+    """
     cfg = train.config.load(
-        train.Config, [*TOY, f"--data={toy}", "--d_model=128", "--n_heads=4", "--n_kv_heads=2", "--d_hidden=256", "--inner_lr=0.2", *flags]
+        train.Config,
+        [
+            *TOY,
+            f"--data={toy}",
+            "--d_model=128",
+            "--n_heads=4",
+            "--n_kv_heads=2",
+            "--d_hidden=256",
+            "--inner_lr=0.2",
+            *flags,
+        ],
     )
     torch.backends.cuda.matmul.allow_tf32 = False
     learner = train.build_learner(cfg, dtype).to(device)
@@ -34,13 +46,22 @@ def step(toy, device, dtype, flags=()):
         batch = batches[range(2)]
         loss, _ = learner(kind, type(batch)(*(t.to(device) for t in batch)))
         loss.backward()
-        found[kind] = loss.item(), {name: p.grad.cpu() for name, p in learner.named_parameters() if p.grad is not None}
+        found[kind] = (
+            loss.item(),
+            {name: p.grad.cpu() for name, p in learner.named_parameters() if p.grad is not None},
+        )
         learner.zero_grad(set_to_none=True)
     return found
 
 
-@pytest.mark.parametrize("flags", [[], ["--adapt=all"], ["--adapt=all", "--first_order=False"]], ids=["head", "all", "second order"])
-@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-3), (torch.bfloat16, 5e-2)], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "flags",
+    [[], ["--adapt=all"], ["--adapt=all", "--first_order=False"]],
+    ids=["head", "all", "second order"],
+)
+@pytest.mark.parametrize(
+    ("dtype", "near"), [(torch.float32, 1e-3), (torch.bfloat16, 5e-2)], ids=["float32", "bfloat16"]
+)
 def test_both_kinds_of_step_equal_those_on_the_cpu(toy, dtype, near, flags):
     """Losses and every gradient; bfloat16 against float32 on the CPU."""
     here, there = step(toy, "cpu", torch.float32, flags), step(toy, "cuda", dtype, flags)
@@ -71,12 +92,28 @@ def test_a_compiled_run_equals_an_eager_one_and_is_resumed(toy, tmp_path, dtype,
 def test_two_ranks_take_a_gpu_each(toy, tmp_path):
     """NCCL."""
     result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py"), *TOY]
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            str(ROOT / "train.py"),
+            *TOY,
+        ]
         + [f"--data={toy}", f"--out_dir={tmp_path}", "--max_steps=4", "--device=cuda", "--seed=4"],
-        capture_output=True, text=True, cwd=ROOT, env=os.environ,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert [line["step"] for line in log(tmp_path) if "train/loss" in line or "meta/query_loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in log(tmp_path) if "train/loss" in line or "meta/query_loss" in line] == [
+        1,
+        2,
+        3,
+        4,
+    ]
 
 
 def test_the_logits_are_never_whole_in_float32():

@@ -1,4 +1,6 @@
-"""Gradients against an independent reference: a deep copy, an SGD loop on it, and a backward pass, first-order MAML by the textbook."""
+"""Gradients against an independent reference: a deep copy, an SGD loop on it, and a backward pass, first-
+order MAML by the textbook.
+"""
 
 import copy
 import itertools
@@ -39,7 +41,11 @@ def outer_grads(module, data):
     module.zero_grad()
     loss, metrics = module("episodes", data)
     loss.backward()
-    return loss.item(), {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}, metrics
+    return (
+        loss.item(),
+        {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None},
+        metrics,
+    )
 
 
 class Net(nn.Module):
@@ -61,7 +67,9 @@ class Net(nn.Module):
 
 
 def reference(module, data, moves):
-    """(mean query loss, {Learner's name: gradient}) of first-order MAML, episode by episode; moves(net): what the inner loop adapts."""
+    """(mean query loss, {Learner's name: gradient}) of first-order MAML, episode by episode; moves(net):
+    what the inner loop adapts.
+    """
     losses, grads = [], {}
     for support, query in zip(data.support, data.query):
         net = Net(module).to(module.decoder.lm_head.weight.dtype)
@@ -104,28 +112,42 @@ def test_outer_gradients_equal_the_reference(adapted, moves, steps, start):
     assert grads.keys() == named.keys() and not any("lm_head" in name for name in grads)
     scale = max(grad.abs().max() for grad in named.values())
     for name, grad in named.items():
-        assert (grads[name] - grad).abs().max() <= 1e-6 * scale + 1e-14, name  # without steps, a symmetric start has no gradient
-    assert all(torch.equal(p, before[name]) for name, p in module.named_parameters()), "the inner loop moved the meta-parameters"
+        assert (grads[name] - grad).abs().max() <= 1e-6 * scale + 1e-14, (
+            name
+        )  # without steps, a symmetric start has no gradient
+    assert all(torch.equal(p, before[name]) for name, p in module.named_parameters()), (
+        "the inner loop moved the meta-parameters"
+    )
 
 
 @pytest.mark.parametrize("adapted", ["head", "all"])
 def test_outer_gradients_in_float32(adapted):
     module, data = learner(adapted), batch(2)
     _, grads, _ = outer_grads(module, data)
-    _, named = reference(module, data, lambda net: net.head.parameters() if adapted == "head" else net.parameters())
+    _, named = reference(
+        module, data, lambda net: net.head.parameters() if adapted == "head" else net.parameters()
+    )
     scale = max(grad.abs().max() for grad in named.values())
     assert max((grads[name] - named[name]).abs().max() for name in named) < 1e-5 * scale
 
 
-@pytest.mark.parametrize("adapted, start", [("head", "random"), ("head", "zero"), ("all", "zero"), (r"o_proj|head", "random")])
+@pytest.mark.parametrize(
+    "adapted, start", [("head", "random"), ("head", "zero"), ("all", "zero"), (r"o_proj|head", "random")]
+)
 def test_second_order_passes_gradcheck(adapted, start):
     """The gradient of the query loss through two inner steps, against finite differences in float64."""
     module, data = learner(adapted, 2, start, inner_steps=2, first_order=False).double(), batch()
     names = [
-        name for name, _ in module.named_parameters() if name.startswith("head") or "layers.1.self_attn.o_proj" in name or "norm" in name
+        name
+        for name, _ in module.named_parameters()
+        if name.startswith("head") or "layers.1.self_attn.o_proj" in name or "norm" in name
     ]
     params = [module.get_parameter(name).detach().clone().requires_grad_() for name in names]
-    assert torch.autograd.gradcheck(lambda *p: torch.func.functional_call(module, dict(zip(names, p)), ("episodes", data))[0], params, fast_mode=True)
+    assert torch.autograd.gradcheck(
+        lambda *p: torch.func.functional_call(module, dict(zip(names, p)), ("episodes", data))[0],
+        params,
+        fast_mode=True,
+    )
     first = learner(adapted, 2, start, inner_steps=2).double()
     a, b = (outer_grads(m, data)[1]["decoder.model.norm.weight"] for m in (module, first))
     assert (a - b).abs().max() > 1e-3 * b.abs().max(), "second order must differ from first"
@@ -168,7 +190,9 @@ def test_adaptation_shows_in_the_metrics():
         windows[..., -1] = torch.arange(N)[:, None]
     loss, _, metrics = outer_grads(learner(layers=1, start="zero", inner_steps=20, inner_lr=1.0), data)
     assert metrics["meta/support_acc"] > 0.9 and metrics["meta/query_acc"] > 0.9 and loss < 1
-    assert metrics["meta/query_acc_unadapted"].item() == pytest.approx(1 / N), "zero outputs: every class alike"
+    assert metrics["meta/query_acc_unadapted"].item() == pytest.approx(1 / N), (
+        "zero outputs: every class alike"
+    )
     assert metrics["meta/query_loss"].item() == pytest.approx(loss)
 
 
@@ -178,15 +202,27 @@ def test_adapt_is_plain_sgd():
     with torch.no_grad():  # an evaluation adapts as well
         fast = adapt(lambda params: 0.5 * ((params["x"] - c) ** 2).sum(), {"x": x}, steps=4, lr=0.1)
     assert torch.allclose(fast["x"], c + 0.9**4 * (x - c)) and x.tolist() == [1, -2] and x.grad is None
-    second = adapt(lambda params: 0.5 * ((params["x"] - c) ** 2).sum(), {"x": x}, steps=4, lr=0.1, first_order=False)
+    second = adapt(
+        lambda params: 0.5 * ((params["x"] - c) ** 2).sum(), {"x": x}, steps=4, lr=0.1, first_order=False
+    )
     assert torch.allclose(torch.autograd.grad(second["x"].sum(), x)[0], torch.full((2,), 0.9**4))
 
 
 def test_bfloat16_autocast_reads_the_fast_weights():
-    """One autocast region around the inner loop reads the stale bfloat16 copies of the first weights; then more steps change nothing."""
-    losses = [learner("all", inner_steps=steps, inner_lr=1.0, dtype=torch.bfloat16)("episodes", batch())[0].item() for steps in (0, 1, 3)]
-    exact = [learner("all", inner_steps=steps, inner_lr=1.0)("episodes", batch())[0].item() for steps in (0, 1, 3)]
-    assert losses == pytest.approx(exact, rel=0.1) and min(abs(a - b) for a, b in itertools.combinations(exact, 2)) > 0.1
+    """One autocast region around the inner loop reads the stale bfloat16 copies of the first weights; then
+    more steps change nothing.
+    """
+    losses = [
+        learner("all", inner_steps=steps, inner_lr=1.0, dtype=torch.bfloat16)("episodes", batch())[0].item()
+        for steps in (0, 1, 3)
+    ]
+    exact = [
+        learner("all", inner_steps=steps, inner_lr=1.0)("episodes", batch())[0].item() for steps in (0, 1, 3)
+    ]
+    assert (
+        losses == pytest.approx(exact, rel=0.1)
+        and min(abs(a - b) for a, b in itertools.combinations(exact, 2)) > 0.1
+    )
 
 
 def test_a_pattern_that_leaves_out_an_output_layer_of_zeros_is_refused():
@@ -202,10 +238,14 @@ def test_a_pattern_that_matches_nothing_is_refused():
 
 
 def counted(run):
-    """FLOPs of run() by PyTorch's counter, without its record per module, which cannot stand an inner autograd.grad."""
+    """FLOPs of run() by PyTorch's counter, without its record per module, which cannot stand an inner
+    autograd.grad.
+    """
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = type(
-        "NoTracker", (), {"parents": {"Global"}, "__enter__": lambda self: self, "__exit__": lambda self, *args: None}
+        "NoTracker",
+        (),
+        {"parents": {"Global"}, "__enter__": lambda self: self, "__exit__": lambda self, *args: None},
     )()
     with counter, sdpa_kernel(SDPBackend.MATH):  # the fused CPU kernel is not in its table
         run()
@@ -215,8 +255,28 @@ def counted(run):
 @pytest.mark.parametrize("adapted, layers", [("head", 1), ("head", 3), ("all", 2)])
 def test_counted_flops_equal_those_of_the_flop_counter(adapted, layers):
     module, data = learner(adapted, layers, inner_steps=4), batch(2)
-    assert module.flops("episodes", data) == pytest.approx(counted(lambda: module("episodes", data)[0].backward()), rel=0.02)
+    assert module.flops("episodes", data) == pytest.approx(
+        counted(lambda: module("episodes", data)[0].backward()), rel=0.02
+    )
     ids = torch.randint(0, 50, (3, 16))
     assert module.flops("lm", LMBatch(ids, ids)) == pytest.approx(
-        counted(lambda: F.cross_entropy(module.decoder(ids).flatten(0, 1), ids.flatten()).backward()), rel=0.02
+        counted(lambda: F.cross_entropy(module.decoder(ids).flatten(0, 1), ids.flatten()).backward()),
+        rel=0.02,
     )
+
+
+def test_a_learned_inner_rate_has_a_gradient_or_says_that_it_has_none():
+    """In first order the inner loop's graph is cut: a learned rate stayed as it was, without a word."""
+    x, rate = torch.tensor([1.0, -2.0], requires_grad=True), torch.tensor(0.1, requires_grad=True)
+
+    def quadratic(params):
+        return 0.5 * (params["x"] ** 2).sum()
+
+    for lr in (rate, {"x": rate}):
+        with pytest.raises(UserError, match="a learned inner rate gets no gradient in first-order MAML"):
+            adapt(quadratic, {"x": x}, 2, lr)
+        fast = adapt(quadratic, {"x": x}, 2, lr, first_order=False)["x"]  # (1 - rate)^2 x
+        slope = torch.autograd.grad(fast.sum(), rate)[0]
+        assert slope.item() == pytest.approx(-2 * 0.9 * x.sum().item())
+    rates = {"x": torch.tensor([0.1, 0.5])}
+    assert torch.allclose(adapt(quadratic, {"x": x}, 1, rates)["x"], torch.tensor([0.9, -1.0]))

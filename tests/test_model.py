@@ -19,19 +19,25 @@ def sharp(cfg):
     """A decoder with weights large enough that attention is far from uniform."""
     decoder = Decoder(cfg, torch.Generator().manual_seed(1))
     with torch.no_grad():
-        for name, p in decoder.named_parameters():
+        for p in decoder.parameters():
             p.mul_(8) if p.dim() == 2 else p.add_(0.3 * torch.randn(p.shape))
     return decoder
 
 
-@pytest.mark.parametrize("name, count", [("11m", 11_282_784), ("65m", 64_595_328), ("181m", 181_095_168), ("570m", 569_808_384)])
+@pytest.mark.parametrize(
+    "name, count", [("11m", 11_282_784), ("65m", 64_595_328), ("181m", 181_095_168), ("570m", 569_808_384)]
+)
 def test_parameter_counts(name, count):
     """The closed form, independent of the modules, and the paper's round figures."""
     cfg = config.load(train.Config, [str(CONFIGS / f"{name}.py")])
     with torch.device("meta"):
         decoder = Decoder(cfg)
     d, kv = cfg.d_model, cfg.d_model // 3
-    assert sum(p.numel() for p in decoder.parameters()) == count == 2 * 50304 * d + 12 * (2 * d * d + 2 * d * kv + 12 * d * d + 2 * d) + d
+    assert (
+        sum(p.numel() for p in decoder.parameters())
+        == count
+        == 2 * 50304 * d + 12 * (2 * d * d + 2 * d * kv + 12 * d * d + 2 * d) + d
+    )
     assert round(count / 1e6) == int(name[:-1])
 
 
@@ -84,13 +90,17 @@ def test_loss_at_init_is_near_log_v_and_equals_the_plain_cross_entropy():
     loss = decoder(ids, targets)
     plain = F.cross_entropy(decoder(ids).flatten(0, 1), targets.flatten())
     assert abs(loss.item() - plain.item()) < 1e-5 * plain.item()
-    for a, b in zip(torch.autograd.grad(loss, decoder.parameters()), torch.autograd.grad(plain, decoder.parameters())):
+    for a, b in zip(
+        torch.autograd.grad(loss, decoder.parameters()), torch.autograd.grad(plain, decoder.parameters())
+    ):
         assert (a - b).abs().max() <= 1e-4 * b.abs().max()
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_loss_in_bfloat16_is_that_of_bfloat16_logits_in_float32(compiled, monkeypatch):
-    """F.linear_cross_entropy in chunks stays in float32 under autocast; in bfloat16 it gives a loss of 3 digits."""
+    """F.linear_cross_entropy in chunks stays in float32 under autocast; in bfloat16 it gives a loss of 3
+    digits.
+    """
     decoder = sharp(replace(SMALL, vocab_size=1000))
     if compiled:
         monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
@@ -103,7 +113,9 @@ def test_the_loss_in_bfloat16_is_that_of_bfloat16_logits_in_float32(compiled, mo
     exact = decoder(ids, targets)
     assert loss.item() != exact.item()
     for a, b, c in zip(*(torch.autograd.grad(x, decoder.parameters()) for x in (loss, plain, exact))):
-        assert a.dtype == torch.float32 and torch.linalg.norm(a - c) < 1.2 * torch.linalg.norm(b - c) + 1e-4 * torch.linalg.norm(c)
+        assert a.dtype == torch.float32 and torch.linalg.norm(a - c) < 1.2 * torch.linalg.norm(
+            b - c
+        ) + 1e-4 * torch.linalg.norm(c)
 
 
 def test_logits_equal_transformers_with_the_same_state_dict():
@@ -136,7 +148,9 @@ def test_generate():
     decoder, ids = sharp(SMALL), torch.randint(0, 211, (2, 60))
     greedy = decoder.generate(ids, 10, temperature=0)  # runs past context = 64
     assert greedy.shape == (2, 70) and torch.equal(greedy[:, :60], ids)
-    assert torch.equal(greedy[:, 60], decoder(ids)[:, -1].argmax(-1)) and torch.equal(greedy, decoder.generate(ids, 10, top_k=1))
+    assert torch.equal(greedy[:, 60], decoder(ids)[:, -1].argmax(-1)) and torch.equal(
+        greedy, decoder.generate(ids, 10, top_k=1)
+    )
     a, b = (decoder.generate(ids, 10, generator=torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(a, b)
 
@@ -149,7 +163,9 @@ def test_the_last_position_alone_is_as_among_all(layers):
     alone, among = decoder.hidden(ids, last=True), decoder.hidden(ids)[:, -1:]
     assert alone.shape == (5, 1, 48) and torch.allclose(alone, among, atol=1e-12)
     way = torch.randn_like(alone)
-    for a, b in zip(torch.autograd.grad((alone * way).sum(), params), torch.autograd.grad((among * way).sum(), params)):
+    for a, b in zip(
+        torch.autograd.grad((alone * way).sum(), params), torch.autograd.grad((among * way).sum(), params)
+    ):
         assert (a - b).abs().max() <= 1e-10 * b.abs().max()
 
 

@@ -47,8 +47,12 @@ def test_attention_entropy_equals_brute_force_at_512():
 
 def test_attention_entropy_of_uniform_attention():
     entropy = probes.attention_entropy(torch.zeros(1, 2, 300, 4), torch.randn(1, 1, 300, 4))
-    assert torch.allclose(entropy[1], torch.ones(2)) and entropy[0, 0].item() == pytest.approx(math.lgamma(301) / 300, rel=1e-5)
-    assert torch.equal(probes.attention_entropy(torch.randn(1, 2, 1, 4), torch.randn(1, 2, 1, 4)), torch.zeros(2, 2))
+    assert torch.allclose(entropy[1], torch.ones(2)) and entropy[0, 0].item() == pytest.approx(
+        math.lgamma(301) / 300, rel=1e-5
+    )
+    assert torch.equal(
+        probes.attention_entropy(torch.randn(1, 2, 1, 4), torch.randn(1, 2, 1, 4)), torch.zeros(2, 2)
+    )
 
 
 def test_measure_sees_what_the_model_computes_and_leaves_no_trace():
@@ -62,20 +66,31 @@ def test_measure_sees_what_the_model_computes_and_leaves_no_trace():
         assert torch.equal(p, before[name][0]) and torch.equal(p.grad, before[name][1]) and p.requires_grad
     assert sorted(metrics) == sorted(
         [f"rank/{w}/{i:02d}" for w in ("v_proj", "o_proj", "down_proj", "resid") for i in range(2)]
-        + [f"{kind}/{i:02d}/{h:02d}" for kind in ("entropy", "entropy_nats") for i in range(2) for h in range(6)]
+        + [
+            f"{kind}/{i:02d}/{h:02d}"
+            for kind in ("entropy", "entropy_nats")
+            for i in range(2)
+            for h in range(6)
+        ]
     )
     seen = []
-    handle = decoder.model.layers[1].register_forward_hook(lambda module, args, output: seen.append(output.detach().flatten(0, 1)))
+    handle = decoder.model.layers[1].register_forward_hook(
+        lambda module, args, output: seen.append(output.detach().flatten(0, 1))
+    )
     decoder(ids)
     handle.remove()
-    assert metrics["rank/resid/01"] == pytest.approx(probes.effective_rank(seen[0] - seen[0].mean(0)), rel=1e-5)
+    assert metrics["rank/resid/01"] == pytest.approx(
+        probes.effective_rank(seen[0] - seen[0].mean(0)), rel=1e-5
+    )
 
 
 def test_measured_entropies_are_those_of_the_attention_that_the_model_computes():
-    """Against the weights of a plain softmax in the second layer, sharp enough that a missing rotation or norm shows."""
+    """Against the weights of a plain softmax in the second layer, sharp enough that a missing rotation or
+    norm shows.
+    """
     decoder, ids = Decoder(CFG), torch.randint(0, 211, (4, 64))
     with torch.no_grad():
-        for name, p in decoder.named_parameters():
+        for p in decoder.parameters():
             p.mul_(12) if p.dim() == 2 else p.add_(torch.randn(p.shape))
     inputs, layer = [], decoder.model.layers[1]
     handle = layer.self_attn.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach()))
@@ -98,7 +113,9 @@ def test_measured_entropies_are_those_of_the_attention_that_the_model_computes()
 
 
 def test_probes_compile_nothing():
-    """The probe batch has a shape of its own; called through the compiled layers it would be compiled, and count against their limit."""
+    """The probe batch has a shape of its own; called through the compiled layers it would be compiled, and
+    count against their limit.
+    """
     decoder, ids = Decoder(CFG), torch.randint(0, 211, (4, 64))
     for layer in decoder.model.layers:
         layer.compile(backend="eager", dynamic=False)
@@ -118,7 +135,9 @@ def test_gradient_ranks_are_those_of_the_gradients():
     decoder, ids = Decoder(CFG), torch.randint(0, 211, (4, 64))
     decoder(ids, ids).backward()
     ranks = probes.gradient_ranks(decoder)
-    assert sorted(ranks) == sorted(f"rank/grad_{name}/{i:02d}" for name in ("v_proj", "o_proj", "down_proj") for i in range(2))
+    assert sorted(ranks) == sorted(
+        f"rank/grad_{name}/{i:02d}" for name in ("v_proj", "o_proj", "down_proj") for i in range(2)
+    )
     sigma = torch.linalg.svdvals(decoder.model.layers[1].mlp.down_proj.weight.grad.double())
     p = sigma / sigma.sum()
     assert ranks["rank/grad_down_proj/01"] == pytest.approx(math.exp(-(p * p.log()).sum().item()), rel=1e-3)

@@ -1,5 +1,6 @@
 """The loop end to end: the mix of steps, resume, ranks, stopping, what is written."""
 
+import copy
 import functools
 import json
 import math
@@ -24,27 +25,41 @@ import data
 import probes
 import train
 from config import UserError
-from schedule import Schedule, block_kinds, micro_steps_per_update
+from schedule import Schedule, block_kinds
 from train import Config
 
 ROOT = Path(train.__file__).parent
 
 
 def run(toy, out_dir, *flags):
-    """A run in this process; gives its last checkpoint's state and the lines of log.jsonl without the clock's."""
+    """A run in this process; gives its last checkpoint's state and the lines of log.jsonl without the
+    clock's.
+    """
     train.main([*TOY, f"--data={toy}", f"--out_dir={out_dir}", "--max_steps=10", *flags])
     return checkpoint.newest(out_dir), log(out_dir)
 
 
 def log(out_dir, name="log.jsonl"):
     lines = [json.loads(line) for line in (Path(out_dir) / name).read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in ("seconds", "tok_per_s", "mfu", "data_wait")} for line in lines]
+    return [
+        {key: value for key, value in line.items() if key not in ("seconds", "tok_per_s", "mfu", "data_wait")}
+        for line in lines
+    ]
 
 
 def process(toy, out_dir, *flags, ranks=0, script=ROOT / "train.py"):
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
     return subprocess.Popen(
-        [sys.executable, *launcher, str(script), *TOY, f"--data={toy}", f"--out_dir={out_dir}", "--max_steps=10", *flags],
+        [
+            sys.executable,
+            *launcher,
+            str(script),
+            *TOY,
+            f"--data={toy}",
+            f"--out_dir={out_dir}",
+            "--max_steps=10",
+            *flags,
+        ],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -125,10 +140,12 @@ def test_learning_rate_warms_up_and_decays_linearly():
 
 
 def test_batches_that_do_not_divide_are_told_with_the_numbers():
-    with pytest.raises(UserError, match=r"global_batch_size = 16 must be a multiple of batch_size x ranks = 4 x 3"):
-        micro_steps_per_update(toy_config(), 3)
+    with pytest.raises(
+        UserError, match=r"global_batch_size = 16 must be a multiple of batch_size x ranks = 4 x 3"
+    ):
+        Schedule(toy_config(), 3)
     with pytest.raises(UserError, match=r"2 micro-steps .* must be a multiple of meta_blocks = 4"):
-        micro_steps_per_update(toy_config(meta_blocks=4), 2)
+        Schedule(toy_config(meta_blocks=4), 2)
 
 
 # ---- what a run writes ----
@@ -144,8 +161,13 @@ def test_a_run_writes_what_others_read(whole, capsys):
         "probes.jsonl",
         "tokenizer.json",
     }
-    training, validation = [line for line in lines if "lr" in line], [line for line in lines if "val/loss" in line]
-    assert [line["step"] for line in training] == list(range(1, 11)) and [line["step"] for line in validation] == [0, 5, 10]
+    training, validation = (
+        [line for line in lines if "lr" in line],
+        [line for line in lines if "val/loss" in line],
+    )
+    assert [line["step"] for line in training] == list(range(1, 11)) and [
+        line["step"] for line in validation
+    ] == [0, 5, 10]
     kinds = block_kinds(toy_config(max_steps=10))
     is_episodes = kinds == "episodes"
     assert {0, 1, 2} == set(is_episodes.sum(1)), "the seed gives updates of either kind and mixed ones"
@@ -153,7 +175,9 @@ def test_a_run_writes_what_others_read(whole, capsys):
         assert ("train/loss" in line) == (not blocks.all()) and ("meta/query_loss" in line) == blocks.any()
         assert {"tokens", "flops", "grad_norm", "skipped"} <= line.keys()
     assert training[-1]["tokens"] == (~is_episodes).sum() * 8 * 32, "LM tokens"
-    for line in [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines() if '"lr"' in line]:
+    for line in [
+        json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines() if '"lr"' in line
+    ]:
         assert line["tok_per_s"] > 0 and line["mfu"] > 0 and 0 < line["data_wait"] < 1
     assert [line["step"] for line in log(out_dir, "probes.jsonl")] == [0, 5, 10]
     assert {"rank/resid/01", "rank/v_proj/00", "entropy/01/01"} <= log(out_dir, "probes.jsonl")[0].keys()
@@ -180,7 +204,9 @@ def test_probes_and_evaluation_leave_the_run_as_it_is(toy, tmp_path, whole):
 
 @pytest.fixture
 def tracing(monkeypatch):
-    """torch.compile with the backend that traces and differentiates as the real one does, but needs no C++ compiler."""
+    """torch.compile with the backend that traces and differentiates as the real one does, but needs no C++
+    compiler.
+    """
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
 
@@ -194,7 +220,12 @@ def test_probes_leave_a_compiled_run_as_it_is_and_measure_gradients(toy, tmp_pat
     lines = log(tmp_path / "probed", "probes.jsonl")
     assert [line["step"] for line in lines] == list(range(5))
     grads = [{key: value for key, value in line.items() if key.startswith("rank/grad_")} for line in lines]
-    assert not grads[0] and len(grads[1]) == 6 and all(0 < value <= 24 for value in grads[1].values()) and grads[1] != grads[2]
+    assert (
+        not grads[0]
+        and len(grads[1]) == 6
+        and all(0 < value <= 24 for value in grads[1].values())
+        and grads[1] != grads[2]
+    )
 
 
 def test_effective_ranks_of_trained_weights_equal_the_full_svd(whole):
@@ -202,12 +233,16 @@ def test_effective_ranks_of_trained_weights_equal_the_full_svd(whole):
         if name.endswith(("v_proj.weight", "o_proj.weight", "down_proj.weight")):
             sigma = torch.linalg.svdvals(weight.detach().double())
             p = sigma / sigma.sum()
-            assert probes.effective_rank(weight) == pytest.approx(torch.exp(-(p * p.log()).sum()).item(), rel=1e-6)
+            assert probes.effective_rank(weight) == pytest.approx(
+                torch.exp(-(p * p.log()).sum()).item(), rel=1e-6
+            )
 
 
 def test_probing_the_checkpoints_gives_what_was_measured_live(whole):
     out_dir = whole[2]
-    result = subprocess.run([sys.executable, str(ROOT / "probes.py"), str(out_dir)], capture_output=True, text=True, cwd=ROOT)
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "probes.py"), str(out_dir)], capture_output=True, text=True, cwd=ROOT
+    )
     again = [json.loads(line) for line in result.stdout.splitlines()]
     live = [line for line in log(out_dir, "probes.jsonl") if line["step"]]
     assert [line["step"] for line in again] == [5, 10], result.stderr
@@ -218,7 +253,10 @@ def test_probing_the_checkpoints_gives_what_was_measured_live(whole):
 def test_train_loss_is_the_lm_loss_alone(toy, tmp_path, whole):
     """The published trainer averages 32-way query losses into one curve with the LM loss."""
     first = next(line for line in whole[1] if "train/loss" in line)
-    assert first["train/loss"] == pytest.approx(math.log(TOY_VOCAB + 6), abs=0.2) and first.get("meta/query_loss", 1.4) < 1.5
+    assert (
+        first["train/loss"] == pytest.approx(math.log(TOY_VOCAB + 6), abs=0.2)
+        and first.get("meta/query_loss", 1.4) < 1.5
+    )
 
 
 def test_validation_loss_is_the_mean_over_domains_whoever_computes_it(toy, tmp_path):
@@ -233,14 +271,20 @@ def test_validation_loss_is_the_mean_over_domains_whoever_computes_it(toy, tmp_p
     for name, split in data.open_corpus(tmp_path)[1].items():
         batch = data.eval_sequences(split, 32, 21)
         assert len(batch.ids) == (21 if name == "a" else 1)
-        losses[f"val/{name}"] = torch.nn.functional.cross_entropy(decoder(batch.ids).flatten(0, 1), batch.targets.flatten()).item()
+        losses[f"val/{name}"] = torch.nn.functional.cross_entropy(
+            decoder(batch.ids).flatten(0, 1), batch.targets.flatten()
+        ).item()
     last = {key: value for key, value in lines[-1].items() if key.startswith("val/")}
     assert last == pytest.approx(losses | {"val/loss": sum(losses.values()) / 2}, rel=1e-5)
 
 
 @pytest.mark.parametrize(
     "flags",
-    [[], ["--adapt=all", "--inner_lr=0.1"], ["--adapt=all", "--first_order=False", "--inner_steps=1", "--inner_lr=0.1"]],
+    [
+        [],
+        ["--adapt=all", "--inner_lr=0.1"],
+        ["--adapt=all", "--first_order=False", "--inner_steps=1", "--inner_lr=0.1"],
+    ],
     ids=["head", "all", "second order"],
 )
 def test_a_compiled_run_equals_an_eager_one(toy, tmp_path, flags, tracing, capsys):
@@ -258,7 +302,9 @@ def test_a_compiled_run_equals_an_eager_one(toy, tmp_path, flags, tracing, capsy
 
 @pytest.mark.parametrize("flags", [[], ["--adapt=all", "--inner_lr=0.1"]], ids=["head", "all"])
 def test_nothing_is_compiled_after_the_first_updates(toy, tmp_path, flags, tracing):
-    """With more and longer kinds of windows than dynamo keeps by default (8): past its limit it would go on uncompiled."""
+    """With more and longer kinds of windows than dynamo keeps by default (8): past its limit it would go
+    on uncompiled.
+    """
     stats, graphs = torch._dynamo.utils.counters["stats"], []
     flags = [*flags, "--compile=True", "--seed=4", "--shots=3", "--eval_every=2", "--probe_every=1"]
     for steps in (4, 8):
@@ -275,12 +321,18 @@ def test_nothing_is_compiled_after_the_first_updates(toy, tmp_path, flags, traci
 
 
 def test_ten_updates_equal_five_a_killed_process_and_five_more(toy, tmp_path, whole):
-    """Parameters, optimizer and logged losses, bit for bit, with episodes and accumulation; killed without a word."""
+    """Parameters, optimizer and logged losses, bit for bit, with episodes and accumulation; killed without
+    a word.
+    """
     torch.set_num_threads(1)  # as the other process: sums in another order differ in the last bit
     straight, lines = run(toy, tmp_path / "straight")
     first = process(toy, tmp_path / "killed")
     deadline = time.time() + 120
-    while not (tmp_path / "killed" / "ckpt_000005.pt").exists() and first.poll() is None and time.time() < deadline:
+    while (
+        not (tmp_path / "killed" / "ckpt_000005.pt").exists()
+        and first.poll() is None
+        and time.time() < deadline
+    ):
         time.sleep(0.01)
     first.kill()
     first.communicate()
@@ -290,8 +342,13 @@ def test_ten_updates_equal_five_a_killed_process_and_five_more(toy, tmp_path, wh
     output, _ = second.communicate(timeout=120)
     assert second.returncode == 0 and "ckpt_000005.pt" in output, output
     again = checkpoint.newest(tmp_path / "killed")
-    assert all(same(again[key], straight[key]) for key in ("model", "learner", "optimizers", "step", "tokens", "flops"))
-    assert log(tmp_path / "killed") == lines and log(tmp_path / "killed", "probes.jsonl") == log(tmp_path / "straight", "probes.jsonl")
+    assert all(
+        same(again[key], straight[key])
+        for key in ("model", "learner", "optimizers", "step", "tokens", "flops")
+    )
+    assert log(tmp_path / "killed") == lines and log(tmp_path / "killed", "probes.jsonl") == log(
+        tmp_path / "straight", "probes.jsonl"
+    )
 
 
 def test_a_resume_amid_a_logging_interval_logs_the_same(toy, tmp_path):
@@ -321,12 +378,16 @@ def test_a_run_goes_on_where_its_data_moved_but_not_on_other_data(toy, tmp_path,
 def test_a_config_that_contradicts_the_checkpoint_is_refused_field_by_field(toy, whole):
     with pytest.raises(UserError) as error:
         run(toy, whole[2], "--lr=0.5", "--ways=3", "--log_every=7")
-    assert "lr = 0.001 there, 0.5 here; ways = 4 there, 3 here" in str(error.value) and "log_every" not in str(error.value)
+    assert "lr = 0.001 there, 0.5 here; ways = 4 there, 3 here" in str(
+        error.value
+    ) and "log_every" not in str(error.value)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_step_writes_a_checkpoint_and_exits_with_0(toy, tmp_path, number):
-    running = process(toy, tmp_path, "--max_steps=100000", "--checkpoint_every=0", "--eval_every=0", "--probe_every=0")
+    running = process(
+        toy, tmp_path, "--max_steps=100000", "--checkpoint_every=0", "--eval_every=0", "--probe_every=0"
+    )
     for line in running.stdout:
         if line.startswith("step"):
             break
@@ -356,12 +417,19 @@ torch.save(made.state_dict(), {out!r} + os.environ["RANK"] + ".pt")
 
 @pytest.mark.parametrize(
     "flags",
-    [[], ["--head_layers=2", "--inner_lr=0.1"], ["--adapt=all", "--inner_lr=0.1"], ["--meta_share=0", "--head_layers=2"],
-     ["--compile=True"]],
+    [
+        [],
+        ["--head_layers=2", "--inner_lr=0.1"],
+        ["--adapt=all", "--inner_lr=0.1"],
+        ["--meta_share=0", "--head_layers=2"],
+        ["--compile=True"],
+    ],
     ids=["linear", "mlp", "all", "vanilla", "compiled"],
 )
 def test_two_ranks_are_bit_identical_and_equal_one_process_with_twice_the_micro_steps(toy, tmp_path, flags):
-    """Twenty updates of LM, episodes and both; a head of several layers goes without gradient in some of them."""
+    """Twenty updates of LM, episodes and both; a head of several layers goes without gradient in some of
+    them.
+    """
     flags = [*flags, "--max_steps=20", "--eval_every=20", "--probe_every=0", "--seed=2"]
     kinds = block_kinds(toy_config(max_steps=20, seed=2))
     assert {0, 1, 2} == set((kinds == "episodes").sum(1))
@@ -374,10 +442,14 @@ def test_two_ranks_are_bit_identical_and_equal_one_process_with_twice_the_micro_
     one, lines = run(toy, tmp_path / "one", *flags, "--compile=False")
     single = {f"decoder.{name}": p for name, p in one["model"].items()} | one["learner"]
     assert single.keys() == a.keys()
-    for name in a:  # Adam turns gradients that are zero but for rounding into whole steps, so compare the bulk
+    for (
+        name
+    ) in a:  # Adam turns gradients that are zero but for rounding into whole steps, so compare the bulk
         assert torch.linalg.norm(a[name] - single[name]) < 1e-3 * torch.linalg.norm(single[name]) + 1e-6, name
     for x, y in zip(lines, log(tmp_path / "two"), strict=True):
-        assert x.keys() == y.keys() and all(x[key] == pytest.approx(y[key], rel=1e-3, abs=1e-3) for key in x if "acc" not in key)
+        assert x.keys() == y.keys() and all(
+            x[key] == pytest.approx(y[key], rel=1e-3, abs=1e-3) for key in x if "acc" not in key
+        )
 
 
 # ---- trouble ----
@@ -395,7 +467,9 @@ def test_updates_with_a_non_finite_gradient_are_skipped_counted_and_end_the_run(
         return forward
 
     calls = [0]
-    monkeypatch.setattr(train.Learner, "forward", broken(lambda n: n == 6))  # in the second of the updates of 4 micro-steps
+    monkeypatch.setattr(
+        train.Learner, "forward", broken(lambda n: n == 6)
+    )  # in the second of the updates of 4 micro-steps
     state, lines = run(toy, tmp_path / "once")
     assert [line["skipped"] for line in lines if "lr" in line] == [0] + [1] * 9
     assert all(torch.isfinite(p).all() for p in state["model"].values())
@@ -432,8 +506,127 @@ def test_bad_data_is_refused_before_training(toy, tmp_path):
 
 def test_a_users_mistake_prints_one_line_and_no_traceback(tmp_path):
     for flags in (["--max_stesp=3"], [f"--data={tmp_path}/none"], ["--device=warp"]):
-        result = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags], capture_output=True, text=True, cwd=tmp_path)
-        assert result.returncode == 1 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+        result = subprocess.run(
+            [sys.executable, str(ROOT / "train.py"), *flags], capture_output=True, text=True, cwd=tmp_path
+        )
+        assert (
+            result.returncode == 1 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+        ), result.stderr
+
+
+# ---- forks ----
+
+
+def rewrite(path, change):
+    """Applies `change` to the state of a checkpoint."""
+    state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(state, path)
+
+
+def test_a_field_that_an_older_checkpoint_lacks_takes_its_default(toy, tmp_path):
+    """A new field of ModelConfig made every older checkpoint "damaged", and every resume refused."""
+    run(toy, tmp_path, "--max_steps=5")
+
+    def forget(state):
+        del state["config"]["norm_eps"], state["config"]["head_width"], state["config"]["inner_lr"]
+
+    rewrite(tmp_path / "ckpt_000005.pt", forget)
+    assert checkpoint.load_model(tmp_path).cfg.norm_eps == 1e-6
+    rule = f"--inner_lr={25.6 / 24}"  # of a run with d_model 24
+    both = "norm_eps = 1e-06 there, 1e-05 here; head_width = 128 there, 64 here"
+    with pytest.raises(UserError, match=both):
+        run(toy, tmp_path, "--max_steps=5", rule, "--norm_eps=1e-5", "--head_width=64")
+    assert run(toy, tmp_path, "--max_steps=5", rule)[0]["step"] == 5
+
+
+class Scaled(train.Learner):
+    """A fork with a parameter and a metric of its own."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.scale = torch.nn.Parameter(torch.ones(3))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def lm_loss(self, batch):
+        loss, metrics = super().lm_loss(batch)
+        self.calls += torch.is_grad_enabled()
+        return loss * self.scale.mean(), metrics | {"fork/calls": self.calls.clone(), "fork/nan": math.nan}
+
+
+def test_a_parameter_of_a_fork_is_saved_and_restored(toy, tmp_path, monkeypatch):
+    """It was trained, but neither saved nor restored."""
+    monkeypatch.setattr(train, "Learner", Scaled)
+    straight, lines = run(toy, tmp_path)
+    (tmp_path / "ckpt_000010.pt").unlink()
+    again, more = run(toy, tmp_path)
+    assert again["learner"].keys() == {"scale", "calls"} and (again["learner"]["scale"] != 1).all()
+    assert all(same(again[key], straight[key]) for key in ("model", "learner", "optimizers")) and more == lines
+    assert not any("scale" in name for name in again["model"]), "transformers loads it"
+
+
+def test_whatever_a_loss_returns_is_averaged_and_logged(toy, tmp_path, monkeypatch):
+    """A metric that was not on a list was dropped. One that is not finite does not make an update bad."""
+    monkeypatch.setattr(train, "Learner", Scaled)
+    _, lines = run(toy, tmp_path, "--meta_share=0", "--log_every=2", "--eval_every=0")
+    assert [line["fork/calls"] for line in lines] == [4.5 + 8 * i for i in range(5)]  # 1 to 8, 9 to 16, ...
+    assert not any("fork/nan" in line for line in lines) and lines[-1]["skipped"] == 0
+
+
+def test_a_checkpoint_with_other_parameters_is_refused_in_one_line(toy, tmp_path, monkeypatch):
+    run(toy, tmp_path, "--max_steps=5")
+    monkeypatch.setattr(train, "Learner", Scaled)
+    with pytest.raises(UserError, match="other parameters or optimizers .*scale") as error:
+        run(toy, tmp_path, "--max_steps=5")
+    assert "\n" not in str(error.value)
+    monkeypatch.undo()
+    rewrite(tmp_path / "ckpt_000005.pt", lambda state: state.pop("learner"))
+    with pytest.raises(UserError, match="of an older version, whose checkpoints can be evaluated but not"):
+        run(toy, tmp_path, "--max_steps=5")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda params: torch.optim.AdamW(params, lr=0.1, fused=True),
+        lambda params: torch.optim.AdamW(params, lr=0.1, fused=False),
+        lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
+        lambda params: torch.optim.Muon(params, lr=0.1),
+    ],
+    ids=["fused AdamW", "AdamW", "SGD", "Muon"],
+)
+def test_a_bad_update_is_left_out_whatever_the_optimizer(make):
+    """found_inf, which few optimizers honour, was set for all: Muon would have applied the update."""
+    p = torch.nn.Parameter(torch.randn(4, 3))
+    optimizer = make([p])
+    optimizer.param_groups[0]["initial_lr"] = 0.1
+
+    def update(grad, is_bad):
+        p.grad = torch.full_like(p, grad)
+        train.optimizer_step([optimizer], 0.5, torch.tensor(is_bad))
+        assert p.grad is None and optimizer.param_groups[0]["lr"] == 0.05
+        return p.detach().clone(), copy.deepcopy(optimizer.state_dict()["state"])
+
+    before = p.detach().clone()
+    first = update(math.nan, 1.0)
+    second = update(1.0, 0.0)
+    third = update(math.nan, 1.0)
+    assert torch.equal(first[0], before) and not torch.equal(second[0], before) and same(third, second)
+
+
+def test_each_group_keeps_its_own_rate():
+    p, q = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    optimizers = [torch.optim.SGD([{"params": [p], "lr": 1.0}], lr=9.0), torch.optim.SGD([q], lr=0.1)]
+    for group, rate in zip((optimizers[0].param_groups[0], optimizers[1].param_groups[0]), (1.0, 0.1)):
+        group["initial_lr"] = rate
+    for _ in range(2):
+        p.grad, q.grad = torch.ones(2), torch.ones(2)
+        train.optimizer_step(optimizers, 0.25, torch.tensor(0.0))
+    assert p.tolist() == pytest.approx([0.5, 0.5]) and q.tolist() == pytest.approx([0.95, 0.95])
+
+
+def test_a_vanilla_run_ignores_the_settings_of_episodes(toy, tmp_path):
+    assert run(toy, tmp_path, "--meta_share=0", "--adapt=(", "--max_steps=1")[0]["step"] == 1
 
 
 # ---- the configs, wandb ----
@@ -441,7 +634,9 @@ def test_a_users_mistake_prints_one_line_and_no_traceback(tmp_path):
 
 @pytest.mark.parametrize("name", ["11m", "65m", "181m"])
 def test_the_papers_configs_run_two_updates(toy, tmp_path, name):
-    """At their width, depth, vocabulary, rate and episodes; the batch and the context are cut down. 570m is only counted: test_model.py."""
+    """At their width, depth, vocabulary, rate and episodes; the batch and the context are cut down. 570m
+    is only counted: test_model.py.
+    """
     train.main(
         [
             str(ROOT / "configs" / f"{name}.py"),
@@ -464,7 +659,11 @@ def test_the_papers_configs_run_two_updates(toy, tmp_path, name):
         ]
     )
     lines = [line for line in log(tmp_path) if "lr" in line]
-    assert len(lines) == 2 and any("meta/query_loss" in line for line in lines) and any("train/loss" in line for line in lines)
+    assert (
+        len(lines) == 2
+        and any("meta/query_loss" in line for line in lines)
+        and any("train/loss" in line for line in lines)
+    )
     (tmp_path / "ckpt_000002.pt").unlink()
 
 
@@ -475,9 +674,16 @@ def test_configs_load_with_the_overlay_and_their_batch_divides(name):
     assert cfg.meta_share == 0.5
     assert config.load(Config, [path, str(ROOT / "configs" / "vanilla.py")]) == replace(cfg, meta_share=0.0)
     for world in (1, 2) if name == "demo" else (1, 4, 8):
-        micro_steps_per_update(cfg, world)
+        Schedule(cfg, world)
     if name != "demo":
-        assert (cfg.lr, cfg.warmup_steps, cfg.max_steps, cfg.ways, cfg.shots, cfg.inner_steps) == (3e-4, 2500, 6000, 32, 4, 10)
+        assert (cfg.lr, cfg.warmup_steps, cfg.max_steps, cfg.ways, cfg.shots, cfg.inner_steps) == (
+            3e-4,
+            2500,
+            6000,
+            32,
+            4,
+            10,
+        )
 
 
 def test_wandb_offline_writes_a_run_that_wandb_reads_back(toy, tmp_path):
@@ -490,20 +696,26 @@ def test_wandb_offline_writes_a_run_that_wandb_reads_back(toy, tmp_path):
     while (content := store.scan_data()) is not None:
         record = wandb_internal_pb2.Record()
         record.ParseFromString(content)
-        row = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        row = {
+            item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item
+        }
         if "train/loss" in row:
             seen[row["step"]] = row["train/loss"]
         keys |= {item.key for item in record.run.config.update}
     assert seen == pytest.approx({line["step"]: line["train/loss"] for line in lines if "train/loss" in line})
     assert {"inner_lr", "d_model"} <= keys
     heatmaps = sorted(tmp_path.glob("wandb/offline-run-*/files/media/images/entropy/heatmap_*.png"))
-    assert len(heatmaps) == len(log(tmp_path, "probes.jsonl")) == 3 and all(path.stat().st_size > 1000 for path in heatmaps)
+    assert len(heatmaps) == len(log(tmp_path, "probes.jsonl")) == 3 and all(
+        path.stat().st_size > 1000 for path in heatmaps
+    )
 
 
 def test_wandb_disabled_is_not_even_imported(toy, tmp_path):
     flags = [*TOY, f"--data={toy}", f"--out_dir={tmp_path}", "--max_steps=1"]
-    code = (f"import sys, train; train.main({flags!r}); "
-            "assert not {'wandb', 'matplotlib', 'rustbpe'} & set(sys.modules)")
+    code = (
+        f"import sys, train; train.main({flags!r}); "
+        "assert not {'wandb', 'matplotlib', 'rustbpe'} & set(sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
@@ -512,8 +724,14 @@ def test_a_failing_wandb_does_not_stop_training(toy, tmp_path, monkeypatch, caps
 
     monkeypatch.setattr(wandb, "init", lambda **options: 1 / 0)
     state, _ = run(toy, tmp_path / "init", "--wandb=online")
-    assert state["step"] == 10 and "wandb failed, the run goes on: ZeroDivisionError" in capsys.readouterr().err
-    broken = SimpleNamespace(define_metric=lambda *args, **options: None, log=lambda line: 1 / 0, finish=lambda: 1 / 0)
+    assert (
+        state["step"] == 10 and "wandb failed, the run goes on: ZeroDivisionError" in capsys.readouterr().err
+    )
+    broken = SimpleNamespace(
+        define_metric=lambda *args, **options: None, log=lambda line: 1 / 0, finish=lambda: 1 / 0
+    )
     monkeypatch.setattr(wandb, "init", lambda **options: broken)
     state, _ = run(toy, tmp_path / "log", "--wandb=online")
-    assert state["step"] == 10 and "wandb failed, the run goes on: ZeroDivisionError" in capsys.readouterr().err
+    assert (
+        state["step"] == 10 and "wandb failed, the run goes on: ZeroDivisionError" in capsys.readouterr().err
+    )

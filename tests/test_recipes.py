@@ -1,0 +1,187 @@
+"""Each recipe applies to a copy of the repository, trains, resumes, and has the effect that it promises."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TOY
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.patch"))
+
+# Runs in the patched copy. `state` and `log` are of six updates that were stopped after three and resumed.
+PRELUDE = """
+import json, sys
+from dataclasses import replace
+from pathlib import Path
+import pytest, torch
+import checkpoint, config, meta, probes, report, train
+from config import UserError
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+def lines(name):
+    return [json.loads(line) for line in Path("run", name).read_text().splitlines()]
+
+base = [*sys.argv[1:], "--out_dir=run", "--max_steps=6", "--checkpoint_every=3", "--seed=5"]
+cfg = config.load(train.Config, base + flags)
+train.main(base + flags)
+straight = checkpoint.newest("run")
+Path("run", "ckpt_000006.pt").unlink()
+train.main(base + flags)
+state, log = checkpoint.newest("run"), lines("log.jsonl")
+assert all(same(state[key], straight[key]) for key in ("model", "learner", "optimizers"))
+kinds = {key for line in log for key in line if key.endswith("loss")}
+assert {"train/loss", "meta/query_loss", "val/loss"} <= kinds, kinds
+"""
+
+FLAGS = {
+    "meta-sgd": ["--first_order=False", "--head_layers=2", "--inner_lr=0.1"],
+    "ahead-objective": ["--meta_share=0.3", "--ahead_share=0.4"],
+}
+
+CHECKS = {
+    "inner-adam": """
+        start, target = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([3.0, 0.1, 0.5001])
+        def loss(x):
+            return (torch.tensor([1.0, 10.0, 0.1]) * (x - target) ** 2).sum()
+        x = start.clone().requires_grad_()
+        adam = torch.optim.Adam([x], lr=0.05)
+        for _ in range(7):
+            adam.zero_grad()
+            loss(x).backward()
+            adam.step()
+        fast = meta.adapt(lambda params: loss(params["x"]), {"x": start}, 7, 0.05)["x"]
+        assert torch.allclose(fast, x, atol=1e-6) and not torch.allclose(fast, start, atol=0.1)
+        """,
+    "meta-sgd": """
+        rates = {name: rate for name, rate in state["learner"].items() if name.startswith("rates.")}
+        assert {"rates.head/out/weight", "rates.head/layers/0/weight"} <= rates.keys(), rates.keys()
+        learned = [name for name, rate in rates.items() if (rate - 0.1).abs().max() > 1e-5]
+        assert sorted(learned) == sorted(rates), "every rate has a gradient"
+        assert rates["rates.head/out/weight"].shape == (cfg.head_width,), "alike for all ways"
+        with pytest.raises(UserError, match="a learned inner rate gets no gradient in first-order MAML"):
+            train.main([*base, "--out_dir=first", "--inner_lr=0.1"])
+        """,
+    "qk-norm": """
+        norms = [p for name, p in state["model"].items() if "q_norm" in name or "k_norm" in name]
+        assert len(norms) == 2 * cfg.n_layers and all((p - 1).abs().max() > 0 for p in norms), "trained"
+        decoder, ids = checkpoint.load_model(state), torch.arange(300, 330)[None]
+        before = decoder(ids)
+        for layer in decoder.model.layers:
+            layer.self_attn.q_proj.weight.data *= 1000
+        assert torch.allclose(decoder(ids), before, atol=1e-3), "the scale of the queries does not matter"
+        """,
+    "muon": """
+        learner = train.build_learner(cfg, torch.float32)
+        adamw, muon = train.build_optimizers(cfg, learner)
+        names = {p: name for name, p in learner.named_parameters()}
+        by_muon, by_adamw = ({names[p] for group in optimizer.param_groups for p in group["params"]}
+                             for optimizer in (muon, adamw))
+        assert by_muon == {name for name in names.values() if "proj.weight" in name}
+        assert by_adamw == set(names.values()) - by_muon
+        assert all("momentum_buffer" in s for s in state["optimizers"][1]["state"].values())
+        # A bad update is left out by both.
+        for p in learner.parameters():
+            p.grad = torch.full_like(p, float("nan"))
+        train.optimizer_step([adamw, muon], 1.0, torch.tensor(1.0))
+        assert all(torch.isfinite(p).all() for p in learner.parameters()) and not muon.state
+        """,
+    "warmup-stable-decay": """
+        long = replace(cfg, max_steps=100, warmup_steps=10)
+        factors = [train.lr_factor(long, step) for step in range(100)]
+        assert factors[4] == 0.5 and factors[9:80] == [1.0] * 71 and factors[90] == 0.5
+        assert factors[80:] == sorted(factors[80:], reverse=True)
+        rates = [line["lr"] for line in log if "lr" in line]
+        assert rates[1:5] == [cfg.lr] * 4 and rates[5] < cfg.lr
+        """,
+    "tied-embeddings": """
+        decoder = checkpoint.load_model(state)
+        assert decoder.lm_head.weight is decoder.model.embed_tokens.weight
+        assert torch.equal(state["model"]["lm_head.weight"], state["model"]["model.embed_tokens.weight"])
+        matrix = cfg.vocab_size * cfg.d_model
+        layers = sum(p.numel() for p in decoder.model.layers.parameters())
+        assert sum(p.numel() for p in decoder.parameters()) == matrix + layers + cfg.d_model
+        """,
+    "anisotropy-probe": """
+        ids, decoder = torch.randint(0, 3000, (4, 32)), checkpoint.load_model(state)
+        outputs = []
+        for layer in decoder.model.layers:
+            layer.register_forward_hook(lambda module, args, output: outputs.append(output.flatten(0, 1)))
+        decoder(ids)
+        metrics = probes.measure(decoder, ids)
+        x = torch.nn.functional.normalize(outputs[1], dim=1)
+        assert metrics["anisotropy/resid/01"] == pytest.approx((x @ x.T).mean().item(), abs=1e-5)
+        assert all("anisotropy/resid/00" in line for line in lines("probes.jsonl"))
+        assert "anisotropy/resid" in report.write([["run"]], "report")
+        fig = report.figure(report.read_groups([["run"]]), ["run"])
+        titles = [ax.get_title() for part in fig.subfigs for ax in part.get_axes()]
+        assert any("anisotropy/resid" in title for title in titles), titles
+        """,
+    "ahead-objective": """
+        losses = [line["ahead/loss"] for line in log if "ahead/loss" in line]
+        assert losses and all(5 < loss < 9 for loss in losses), losses
+        weight = state["learner"]["ahead.weight"]
+        assert weight.shape == (cfg.d_model,) * 2 and (weight - torch.eye(cfg.d_model)).abs().max() > 0
+        kinds = train.block_kinds(replace(cfg, max_steps=1000))
+        assert (kinds == "ahead").mean() == pytest.approx(0.4, abs=0.04)
+        learner = train.build_learner(cfg, torch.float32)
+        batch = train.data.LMBatch(*torch.randint(0, 99, (2, 2, 9)))
+        plain = torch.nn.functional.cross_entropy(learner.decoder(batch.ids)[:, :-1].flatten(0, 1),
+                                                  batch.targets[:, 1:].flatten())
+        assert learner("ahead", batch)[0].item() == pytest.approx(plain.item(), abs=1e-5)  # from the identity
+        """,
+    "induction-task": """
+        import eval_induction
+        class Copies:  # predicts the token that came half a context before the next one
+            cfg = cfg
+            def __call__(self, ids):
+                return torch.nn.functional.one_hot(ids.roll(cfg.context // 2 - 1, 1), cfg.vocab_size)
+        assert eval_induction.accuracy(Copies()) == 1.0
+        eval_induction.main(["run"])
+        [line] = lines("induction.jsonl")
+        score = eval_induction.accuracy(checkpoint.load_model(state))
+        assert line["step"] == 6 and line["score"] == score < 0.1
+        text = report.write([["run"]], "report")
+        assert "## Induction" in text and "accuracy on the second copy" in text
+        """,
+}
+
+
+def test_every_recipe_is_checked_and_listed_with_its_size():
+    assert RECIPES == sorted(CHECKS) and len(RECIPES) >= 9
+    row = r"\| \[([\w-]+)\]\(\1\.patch\).*? \| (\d+), (\d+) \| (.*) \|"
+    listed = re.findall(row, (ROOT / "recipes" / "README.md").read_text())
+    assert sorted(name for name, *_ in listed) == RECIPES
+    for name, added, removed, files in listed:
+        lines = (ROOT / "recipes" / f"{name}.patch").read_text().splitlines()
+        assert [line.split(":")[0] for line in lines[:3]] == ["What", "Why", "Expect"] and lines[3] == ""
+        assert int(added) == sum(line.startswith("+") and not line.startswith("+++") for line in lines)
+        assert int(removed) == sum(line.startswith("-") and not line.startswith("---") for line in lines)
+        assert files.split(", ") == [line.removeprefix("+++ b/") for line in lines if line.startswith("+++ ")]
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git applies the patches")
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe(toy, tmp_path, name):
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
+    patch = ROOT / "recipes" / f"{name}.patch"
+    options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
+    applied = subprocess.run(["git", "apply", str(patch)], **options)
+    assert applied.returncode == 0, applied.stderr
+    check = re.sub(r"^        ", "", CHECKS[name], flags=re.M)
+    (tmp_path / "check.py").write_text(f"flags = {FLAGS.get(name, [])}\n{PRELUDE}{check}")
+    flags = [*TOY, f"--data={toy}"]
+    result = subprocess.run([sys.executable, "check.py", *flags], **options)
+    assert result.returncode == 0, result.stdout[-500:] + result.stderr[-3000:]
