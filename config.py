@@ -133,4 +133,5 @@ def require_positive(cfg, *keys):
 
 def require_choice(cfg, key, *choices):
     value = getattr(cfg, key)
-    require(value in choices, f"{key} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    listed = ", ".join(choice or "empty" for choice in choices)
+    require(value in choices, f"{key} must be one of {listed}, got {value!r}")

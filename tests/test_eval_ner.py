@@ -549,7 +549,7 @@ def test_a_checkpoint_file_can_be_named(run, treebanks):
         (["--train=one,one:train"], "one-ud-train.iob2, one-ud-dev.iob2 would be used twice"),
         (["--train=da_ddt:tset"], "da_ddt:tset: the splits are train, dev and test"),
         (["--shots=1000"], "shots = 1000 is more than the 200 training sentences of one: lower it"),
-        (["--mode=both"], "mode must be one of 'full', 'head', 'majority', got 'both'"),
+        (["--mode=both"], "mode must be one of full, head, majority, got 'both'"),
         (["--seeds=0"], "seeds must be at least 1, got 0"),
         (["--shots=-1"], "shots must be at least 0, got -1"),
         (["--lr=0"], "lr must be positive, got 0.0"),
