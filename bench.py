@@ -41,6 +41,7 @@ class Config(train.Config):
 
     def __post_init__(self):
         super().__post_init__()
+        self.check_episodes()  # they are measured in a vanilla config too
         config.require_at_least(self, 1, "rounds")
         config.require_choice(self, "against", "", "naive", "transformers")
 
@@ -113,13 +114,14 @@ def peak_memory(device, call):
         return None
 
 
-def update(loss_of, params, optimizer):
+def update(loss_of, params, optimizers):
     """A whole training step of one micro-step."""
     def step():
         loss_of().backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
     return step
 
 
@@ -152,7 +154,8 @@ def rival(cfg, decoder, batch, dtype, is_compiled):
             return F.cross_entropy(model(batch.ids).float().flatten(0, 1), batch.targets.flatten())
 
     params = list(model.parameters())
-    return update(loss, params, torch.optim.AdamW(params, lr=cfg.lr, fused=True)), loss
+    optimizers = [torch.optim.AdamW(params, lr=cfg.lr, fused=True)]
+    return update(loss, params, optimizers), loss
 
 
 def parts_of(decoder, batch, learner):
@@ -179,15 +182,11 @@ def parts_of(decoder, batch, learner):
 
 
 def inner_loop_of(learner, batch):
-    """A call of the inner loop and the heads alone, on features that are there already."""
-    E, N, K, _ = batch.support.shape
-    counts = {windows: torch.randn(E, windows, learner.decoder.cfg.d_model, device=batch.support.device)
-              for windows in (N * K, N * batch.query.shape[2])}
-    inner = train.Learner(learner.decoder, learner.head, "head", learner.inner_steps, learner.inner_lr,
-                          learner.first_order, learner.dtype)
-    inner.features = lambda windows: counts[windows.shape[1]]
-    labels = torch.arange(N, device=batch.support.device).repeat_interleave(K).expand(E, -1)  # (E, N * K)
-    return lambda: inner.adapt_heads(batch.support.flatten(1, 2), labels, batch.query.flatten(1, 2), N)
+    """A call of the inner loop and the heads alone, on random features."""
+    (E, N), K, Q = batch.words.shape, batch.support.shape[2], batch.query.shape[2]
+    D, device = learner.decoder.cfg.d_model, batch.words.device
+    x, x_query = (torch.randn(E, N * n, D, device=device) for n in (K, Q))
+    return lambda: learner.adapt_heads(x, x_query, N)
 
 
 def measure(device, calls, rounds, before_round):
@@ -205,12 +204,14 @@ def measure(device, calls, rounds, before_round):
 def bench(cfg):
     """All figures of a config, as a dict."""
     device, dtype = machine.pick_device(cfg.device, cfg.dtype)
+    torch.backends.cuda.matmul.allow_tf32 = True
     micro_steps = Schedule(cfg, 1).micro_steps
     corpus, tokenizer = made_up(min(cfg.vocab_size, 2**16))
     learner = train.build_learner(cfg, dtype).to(device)
     optimizers, params = train.build_optimizers(cfg, learner), list(learner.parameters())
     decoder, is_compiled = learner.decoder, train.compile_layers(cfg, device, learner)
-    episodes = data.Episodes(corpus, tokenizer, cfg.ways, cfg.shots, cfg.queries, cfg.window, cfg.seed)
+    episodes = data.Episodes(corpus, tokenizer, cfg.ways, cfg.shots, cfg.queries, cfg.window, cfg.seed,
+                             cfg.read_out)
     series = {"lm": (data.Sequences(corpus, cfg.context, cfg.seed), cfg.batch_size),
               "episodes": (episodes, cfg.episodes)}
     numbers = iter(range(10**9))
@@ -233,8 +234,8 @@ def bench(cfg):
     parts = parts_of(decoder, batch["lm"], learner)
     calls = {
         "limit": lambda: a @ a,
-        "lm": lambda: learner("lm", batch["lm"])[0].backward(),
-        "episodes": lambda: learner("episodes", batch["episodes"])[0].backward(),
+        "lm": lambda: learner("lm", batch["lm"])[0]["lm"].backward(),
+        "episodes": lambda: sum(learner("episodes", batch["episodes"])[0].values()).backward(),
         "optimizer": optimize,
         "lm batch": lambda: new_batch("lm"),
         "episodes batch": lambda: new_batch("episodes"),
@@ -247,11 +248,11 @@ def bench(cfg):
     with_memory = ["lm", "episodes"]
     if cfg.against:
         other, loss = rival(cfg, decoder, batch["lm"], dtype, is_compiled)
-        calls["our update"] = update(lambda: learner("lm", batch["lm"])[0], params, optimizers[0])
+        calls["our update"] = update(lambda: learner("lm", batch["lm"])[0]["lm"], params, optimizers)
         calls["their update"] = other
         with_memory += ["our update", "their update"]
         with torch.no_grad():
-            our_loss, their_loss = learner("lm", batch["lm"])[0].item(), loss().item()
+            our_loss, their_loss = learner("lm", batch["lm"])[0]["lm"].item(), loss().item()
 
     memory = {}
     for name in with_memory:
@@ -273,7 +274,7 @@ def bench(cfg):
     batches = micro_steps * sum(share[kind] * ms[f"{kind} batch"] for kind in series)
     flops_a_token = {kind: learner.flops(kind, batch[kind]) / steps[kind]["tokens"] for kind in series}
     result = {
-        "machine": machine.describe(device, dtype, is_compiled), "dtype": str(dtype).removeprefix("torch."),
+        "machine": machine.describe(device, dtype), "dtype": str(dtype).removeprefix("torch."),
         "compiled": is_compiled, "rounds": cfg.rounds, "limit_flop_per_s": limit, "steps": steps,
         "episode_over_lm_at_equal_tokens": steps["lm"]["tok_per_s"] / steps["episodes"]["tok_per_s"],
         "episode_over_lm_by_flops": flops_a_token["episodes"] / flops_a_token["lm"],
@@ -315,7 +316,8 @@ def gib(size):
 
 def print_result(result):
     limit, n = result["limit_flop_per_s"], result["matrix"]
-    print(f"machine   {result['machine']}; medians of {result['rounds']} rounds")
+    mode = "compiled" if result["compiled"] else "eager"
+    print(f"machine   {result['machine']}, {mode}; medians of {result['rounds']} rounds")
     print(f"limit     {limit / 1e9:,.0f} GFLOP/s, in a product of two {n} x {n} matrices")
     print("steps     forward and backward of a micro-step")
     rows = [["", "ms", "tokens", "tokens/s", "GFLOP/s", "of the limit", "of the data sheet", "peak memory"]]

@@ -31,9 +31,10 @@ def run(main):
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader went away, as in `train.py --help | head`
+    except BrokenPipeError:  # the reader of the output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor may Python's last flush fail
-        sys.exit(141)
+        if "--help" not in sys.argv:  # as `--help | head` does
+            sys.exit("error: standard output was closed")
 
 
 def load(cls, argv, doc=""):

@@ -9,9 +9,11 @@ function of (seed, index).
 """
 import base64
 import functools
+import itertools
 import json
 import os
 import re
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,23 +83,34 @@ def save_tokenizer(tokenizer, folder):
     Path(folder, "tokenizer.json").write_text(json.dumps(spec))
 
 
+def is_held_out(spelling):
+    """Whether a word is never a class in training: a tenth of all, by a hash of the lower-case spelling."""
+    return zlib.crc32(spelling.encode()) % 10 == 0
+
+
+class WordTables(NamedTuple):
+    """What episodes need to know of each token, arrays (n_vocab,)."""
+
+    word: np.ndarray  # may it be a whole word: a space and letters
+    continues: np.ndarray  # would it continue a word before it
+    spelling: np.ndarray  # a number that tokens share which spell one word, in any case, with a space or not
+    held_out: np.ndarray  # is its word kept for evaluation
+
+
 @functools.lru_cache(maxsize=1)
 def word_tables(tokenizer):
-    """Three arrays (n_vocab,) about its tokens, for `Episodes`.
-
-    Whether it may be a whole word (a space and letters); whether it would continue a word before it; and
-    a number shared by the tokens that spell the same word, with or without the space, in any case.
-    """
-    word, continues = np.zeros((2, tokenizer.n_vocab), bool)
-    spelling, numbers = np.arange(tokenizer.n_vocab), {}
+    n = tokenizer.n_vocab
+    tables = WordTables(np.zeros(n, bool), np.zeros(n, bool), np.arange(n), np.zeros(n, bool))
+    numbers = {}
     for token in tokenizer.token_byte_values():
         text = token.decode(errors="replace")
-        i = tokenizer.encode_single_token(token)
-        word[i] = len(text) > 2 and text[0] == " " and text[1:].isalpha()
-        continues[i] = text[0].isalpha() or text[0] == "\ufffd"
-        if text.strip().isalpha():
-            spelling[i] = numbers.setdefault(text.strip().lower(), i)
-    return word, continues, spelling
+        i, word = tokenizer.encode_single_token(token), text.strip().lower()
+        tables.word[i] = len(text) > 2 and text[0] == " " and text[1:].isalpha()
+        tables.continues[i] = text[0].isalpha() or text[0] == "\ufffd"
+        if word.isalpha():
+            tables.spelling[i] = numbers.setdefault(word, i)
+            tables.held_out[i] = is_held_out(word)
+    return tables
 
 
 # ---- reading bins ----
@@ -124,6 +137,10 @@ def open_bin(path):
     return np.memmap(path, "<u2", "r", offset=4 * HEADER)
 
 
+def largest_id(tokens):
+    return max(int(tokens[i:i + 2**26].max()) for i in range(0, len(tokens), 2**26))
+
+
 class Corpus:
     """The bins of one split of a folder: `shards`, a list of uint16 arrays."""
 
@@ -134,7 +151,7 @@ class Corpus:
     def check(self, vocab_size, part=0, parts=1):
         """Refuses a token id outside the vocabulary. Reads every parts-th shard: ranks share the work."""
         for path, shard in list(zip(self.paths, self.shards))[part::parts]:
-            largest = max(int(shard[i:i + 2**26].max()) for i in range(0, len(shard), 2**26))
+            largest = largest_id(shard)
             if largest >= vocab_size:
                 raise UserError(f"{path}: token id {largest} is outside the vocabulary of {vocab_size}: "
                                 "raise vocab_size, or put the data's own tokenizer.json beside it")
@@ -192,21 +209,49 @@ class LMBatch(NamedTuple):
     def tokens(self):
         return self.ids.numel()
 
+    lm_tokens = tokens  # those that a next-token loss reads
+
 
 class EpisodeBatch(NamedTuple):
     """E episodes, int64: support (E, N ways, K shots, T), query (E, N ways, Q queries, T), words (E, N).
 
-    A window of T tokens ends at the mask; its label is its place among the N. words: the token ids of the
-    masked words, for analysis; the model does not see them.
+    A window of T tokens is read at its last position; its label is its place among the N. words: the
+    token ids of the classes, for analysis; the model does not see them. targets: of the query, one
+    position on, as in LMBatch.
     """
 
+    support: torch.Tensor
+    query: torch.Tensor
+    words: torch.Tensor
+    targets: torch.Tensor
+
+    @property
+    def tokens(self):
+        return self.support.numel() + self.query.numel()
+
+    @property
+    def lm_tokens(self):
+        return self.targets.numel()
+
+
+class JointBatch(NamedTuple):
+    """An LMBatch, and E episodes at its own positions: support (E, N ways, K shots), query (E, N ways, Q).
+
+    These are indices into the flat (B * T,) positions, each before a word of the class. words (E, N): its
+    token id.
+    """
+
+    ids: torch.Tensor
+    targets: torch.Tensor
     support: torch.Tensor
     query: torch.Tensor
     words: torch.Tensor
 
     @property
     def tokens(self):
-        return self.support.numel() + self.query.numel()
+        return self.ids.numel()
+
+    lm_tokens = tokens
 
 
 class Sequences:
@@ -259,17 +304,21 @@ def eval_sequences(corpus, T, n):
 class Episodes:
     """Subset-Masked-LM episodes (Bansal et al. 2020, arXiv 2009.08445): which of N words was masked?
 
-    For each of N random words there are K support and Q query windows. They end at the word, and no two
-    windows of a word share a position. Every occurrence of the word in its window becomes <|mask|>, also
+    For each of N random words there are K support and Q query windows of text, and no two windows of a
+    word share a position. The label is the word's place in a random order, so it means nothing in the
+    next episode. A decoder sees the left context only, so a window ends where the word is read: read_out
+    "mask": at <|mask|> in the word's place. Its other occurrences in the window become <|mask|> too, also
     in another case or without the space; a window that still spells it out, in several tokens, is not
-    used. The label is the word's place in a random order, so it means nothing in the next episode. A
-    decoder sees the left context only, which is why a window ends at the mask.
+    used. read_out "context": at the position before the word. The window is plain text that nowhere holds
+    the word. held_out: the classes are words that are kept for evaluation; else all others.
     """
 
-    def __init__(self, corpus, tokenizer, ways, shots, queries, window, seed):
+    def __init__(self, corpus, tokenizer, ways, shots, queries, window, seed, read_out="mask",
+                 held_out=False):
         self.corpus, self.tokenizer, self.seed = corpus, tokenizer, seed
         self.ways, self.shots, self.queries, self.window = ways, shots, queries, window
-        self.word, self.continues, self.spelling = word_tables(tokenizer)
+        self.read_out, self.tables = read_out, word_tables(tokenizer)
+        self.is_class = self.tables.word & (self.tables.held_out == held_out)
         self.mask_id = tokenizer.encode_single_token("<|mask|>")
         # Pieces are cut from the shards at a random offset. A short corpus has few, or one that is shorter.
         self.piece = min(PIECE, max(map(len, corpus.shards)))
@@ -280,30 +329,38 @@ class Episodes:
     def __getitem__(self, indices):
         """EpisodeBatch of the episodes with these numbers."""
         words, windows = zip(*(self.episode(int(index)) for index in indices))
-        ids = torch.from_numpy(np.stack(windows))  # (E, N, K + Q, T)
-        support, query = ids[:, :, :self.shots].contiguous(), ids[:, :, self.shots:].contiguous()
-        return EpisodeBatch(support, query, torch.from_numpy(np.stack(words)))
+        windows = torch.from_numpy(np.stack(windows))  # (E, N, K + Q, 2, T)
+        support, query = windows[:, :, :self.shots], windows[:, :, self.shots:]
+        ids = (support[:, :, :, 0].contiguous(), query[:, :, :, 0].contiguous())
+        return EpisodeBatch(*ids, torch.from_numpy(np.stack(words)), query[:, :, :, 1].contiguous())
 
     def episode(self, index):
-        """(words (N,), masked windows (N, K + Q, T)) of episode `index`; row n is label n, support first."""
-        rng = np.random.default_rng([self.seed, 1, index])
-        most = 0
+        """(words (N,), windows (N, K + Q, 2, T)) of episode `index`: ids, and the targets one position on.
+
+        Row n has label n, its support first.
+        """
+        rng, most = np.random.default_rng([self.seed, 1, index]), 0
         for attempt in range(8):  # where few words repeat, look in more text
             pieces = self.read_pieces(rng, PIECES << attempt)
-            words, windows, spellings = [], [], set()
-            for word, places in self.candidates(rng, pieces):
-                if self.spelling[word] in spellings:
-                    continue
-                if (chosen := self.masked_windows(rng, pieces, word, places)) is not None:
-                    words.append(word)
-                    windows.append(chosen)
-                    spellings.add(self.spelling[word])
-                if len(words) == self.ways:
-                    return np.array(words, np.int64), np.array(windows)
-            most = max(most, len(words))
+            classes = list(itertools.islice(self.classes(rng, pieces, self.shots + self.queries), self.ways))
+            if len(classes) == self.ways:
+                words, windows = zip(*classes)
+                return np.array(words, np.int64), np.array(windows)
+            most = max(most, len(classes))
         raise UserError(f"episodes: only {most} words have {self.shots + self.queries} windows of "
                         f"{self.window} tokens apart in {pieces.size:,} tokens, ways = {self.ways} are "
                         "needed; lower ways, shots, queries or window, or add text")
+
+    def classes(self, rng, pieces, count):
+        """Yields (token id, `count` windows) of words of the pieces, in random order, no spelling twice."""
+        spellings = set()
+        for word, places in self.candidates(rng, pieces, count):
+            if self.tables.spelling[word] in spellings:
+                continue
+            windows = self.windows(rng, pieces, word, places, count)
+            if windows is not None:
+                spellings.add(self.tables.spelling[word])
+                yield word, windows
 
     def read_pieces(self, rng, most):
         """Step 1: (n, piece) tokens of at most `most` non-overlapping stretches of the corpus."""
@@ -318,41 +375,86 @@ class Episodes:
             rows.append(tokens[start:start + self.piece])
         return np.stack(rows)
 
-    def candidates(self, rng, pieces):
+    def candidates(self, rng, pieces, count):
         """Step 2: yields, in random order, words of the pieces that come often enough, but not too often.
 
         Each is (token id, places in pieces.ravel(), so far apart that windows do not overlap).
         """
         following = np.roll(pieces, -1, axis=1)
-        whole = self.word[pieces] & ~self.continues[following]
-        whole[:, :self.window - 1] = whole[:, -1] = False  # no room for the window; the next token is unknown
+        whole = self.is_class[pieces] & ~self.tables.continues[following]
+        before = self.window - (self.read_out == "mask")  # tokens of a window before the word
+        whole[:, :before] = whole[:, -1] = False  # no room for the window; the next token is unknown
         at = np.flatnonzero(whole)
         tokens = pieces.ravel()[at]
         order = np.argsort(tokens, kind="stable")  # by word, then by place
         at, tokens = at[order], tokens[order]
-        words, first, count = np.unique(tokens, return_index=True, return_counts=True)
-        needed = self.shots + self.queries
-        in_band = np.flatnonzero((count >= needed) & (count <= max(needed, MAX_SHARE * pieces.size)))
+        words, first, occurrences = np.unique(tokens, return_index=True, return_counts=True)
+        most = max(count, MAX_SHARE * pieces.size)
+        in_band = np.flatnonzero((occurrences >= count) & (occurrences <= most))
         for j in rng.permutation(in_band):
             places, last = [], -self.window
-            for place in at[first[j]:first[j] + count[j]]:
+            for place in at[first[j]:first[j] + occurrences[j]]:
                 if place - last >= self.window:
                     places.append(place)
                     last = place
-            if len(places) >= needed:
+            if len(places) >= count:
                 yield words[j], places
 
-    def masked_windows(self, rng, pieces, word, places):
-        """Step 3: K + Q windows (T,) that end at the word, all its occurrences masked; None if too few."""
+    def windows(self, rng, pieces, word, places, count):
+        """Step 3: `count` windows (2, T), ids and targets, that are read for the word; None if too few."""
         spelling = self.tokenizer.decode([int(word)]).strip().lower()
         windows = []
         for place in rng.permutation(places):
-            ids = pieces.ravel()[place + 1 - self.window:place + 1].astype(np.int64)
-            ids[self.spelling[ids] == self.spelling[word]] = self.mask_id
-            text = self.tokenizer.decode(ids.tolist()).lower()
+            end = place + 1 if self.read_out == "mask" else place
+            text = pieces.ravel()[end - self.window:end + 1].astype(np.int64)  # one more, for the targets
+            ids = text[:-1].copy()
+            is_word = self.tables.spelling[ids] == self.tables.spelling[word]
+            if self.read_out == "context" and is_word.any():
+                continue
+            ids[is_word] = self.mask_id
+            decoded = self.tokenizer.decode(ids.tolist()).lower()
             # The first test is the fast one.
-            if spelling not in text or not re.search(rf"\b{spelling}\b", text):
-                windows.append(ids)
-            if len(windows) == self.shots + self.queries:
+            if spelling not in decoded or not re.search(rf"\b{spelling}\b", decoded):
+                windows.append((ids, text[1:]))
+            if len(windows) == count:
                 return windows
         return None
+
+
+class BatchEpisodes:
+    """Episodes at no extra pass: LM batches, with episodes at positions of theirs where a word comes next.
+
+    A batch with fewer than N words that come K + Q times gives episodes of fewer ways; one with less than
+    two ends the run. Words of any frequency up to four times the needed one qualify, since a batch is
+    short.
+    """
+
+    def __init__(self, sequences, tokenizer, ways, shots, queries, episodes, seed):
+        self.sequences, self.tables, self.seed = sequences, word_tables(tokenizer), seed
+        self.ways, self.shots, self.queries, self.episodes = ways, shots, queries, episodes
+
+    def __getitem__(self, indices):
+        """JointBatch of the sequences with these numbers; the episodes follow from the first of them."""
+        batch, rng = self.sequences[indices], np.random.default_rng([self.seed, 3, int(indices[0])])
+        targets = batch.targets.numpy()
+        whole = self.tables.word[targets] & ~self.tables.held_out[targets]
+        whole[:, :-1] &= ~self.tables.continues[targets[:, 1:]]
+        whole[:, -1] = False  # the token after it is unknown
+        at = np.flatnonzero(whole)
+        spelling = self.tables.spelling[targets.ravel()[at]]
+        order = np.argsort(spelling, kind="stable")
+        _, first, occurrences = np.unique(spelling[order], return_index=True, return_counts=True)
+        groups = [at[order[start:start + count]] for start, count in zip(first, occurrences)]
+        needed = self.shots + self.queries
+        most = max(4 * needed, MAX_SHARE * targets.size)
+        groups = [places for places in groups if needed <= len(places) <= most]
+        ways = min(self.ways, len(groups))
+        if ways < 2:
+            raise UserError(f"episodes_from = batch: {ways} words come {needed} times (shots + queries) in "
+                            f"the {targets.size:,} tokens of a micro-step, 2 are needed; lower shots or "
+                            "queries, or raise batch_size")
+        places = np.array([[rng.permutation(groups[i])[:needed] for i in rng.permutation(len(groups))[:ways]]
+                           for _ in range(self.episodes)])  # (E, N, K + Q)
+        words = targets.ravel()[places[:, :, 0]]
+        support, query = (torch.from_numpy(part.copy()) for part in np.split(places, [self.shots], axis=2))
+        return JointBatch(*batch, support, query, torch.from_numpy(words))

@@ -3,6 +3,7 @@
     python eval_ner.py out/demo --train=da_ddt --test=all             # fine-tunes the whole model
     python eval_ner.py out/demo --train=da_ddt --mode=head --lr=0.1   # frozen backbone: minutes on a CPU
     python eval_ner.py out/demo --train=da_ddt --mode=majority        # baseline without a model
+    python eval_ner.py out/demo --train=da_ddt --shots=8,32,128 --seeds=5   # few-shot: five draws of each
 
 The first argument is a run's folder (its newest checkpoint is used) or a checkpoint file. Treebanks that are
 missing in --data are downloaded. Scores are printed and appended to ner.jsonl beside the checkpoint.
@@ -13,13 +14,14 @@ import http.client
 import itertools
 import math
 import os
+import re
 import statistics
 import time
 import urllib.error
 import urllib.request
 from collections import Counter, defaultdict
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -75,7 +77,7 @@ class Config:
     mode: str = "full"  # full; head: frozen backbone; majority: no model, the most frequent tag of each word
     data: str = "data/uner"  # folder of <treebank>-ud-<split>.iob2 files; missing ones are downloaded into it
     seeds: int = 1  # fine-tuning runs, seeded 1, 2, ...: initial head, order of batches, choice of shots
-    shots: int = 0  # sentences to fine-tune on, drawn from all training treebanks together; 0: all sentences
+    shots: str = "0"  # sentences to fine-tune on, drawn from all training treebanks; 0: all; or 8,32,128
     epochs: int = 10  # at most; the learning rate falls linearly to 0 over them
     patience: int = 5  # epochs without a better dev score before training stops; the best epoch is scored
     lr: float = 3e-5  # initial learning rate of AdamW
@@ -89,12 +91,20 @@ class Config:
 
     def __post_init__(self):
         config.require_at_least(self, 1, "seeds", "epochs", "patience", "batch_size")
-        config.require_at_least(self, 0, "shots")
         config.require_positive(self, "lr")
         config.require_choice(self, "mode", "full", "head", "majority")
         config.require_choice(self, "label", "first", "last")
         config.require_choice(self, "wandb", *logs.WANDB_MODES)
         config.require_choice(self, "dtype", *DTYPES)
+        require(
+            re.fullmatch(r" *\d+ *(, *\d+ *)*", self.shots),
+            f"shots must be numbers of sentences, comma-separated, got {self.shots!r}",
+        )
+
+    @property
+    def shot_counts(self):
+        """The numbers that `shots` lists, each once; 0 stands for all sentences."""
+        return list(dict.fromkeys(map(int, self.shots.split(","))))
 
 
 # ---- treebanks ----
@@ -103,7 +113,8 @@ class Config:
 def read_iob2(path):
     """The sentences of a treebank file: pairs (words, tags) of equally long lists, with tags from TAGS.
 
-    Tags of the fourth published type, OTH, are read as O, and so are B-O and I-O, slips in those files.
+    Tags of the fourth published type, OTH, are read as O, and so are B-O and I-O, slips in those files, and
+    the - of Norwegian ones.
     Raises UserError for a file that cannot be read, and for a malformed line with its number.
     """
     try:
@@ -123,7 +134,7 @@ def read_iob2(path):
             continue
         columns = line.split("\t")
         tag = columns[2].strip() if len(columns) > 2 else ""
-        if "OTH" in tag or tag in ("B-O", "I-O"):
+        if "OTH" in tag or tag in ("B-O", "I-O", "-"):
             tag = "O"
         if tag not in TAGS or not columns[1]:
             raise UserError(
@@ -261,20 +272,41 @@ def choose_sentences(cfg):
         else:
             train += [sentence for i, sentence in enumerate(sentences) if i % 10 != 9]
             dev += sentences[9::10]
-    tests = {name: read_iob2(path) for name, path in test_paths.items()}
+    tests = read_tests(test_paths, cfg.test == "all")
 
+    shots = max(cfg.shot_counts)
     require(
-        cfg.shots <= len(train),
-        f"shots = {cfg.shots} is more than the {len(train)} training sentences of {cfg.train}: lower it",
+        shots <= len(train),
+        f"shots = {shots} is more than the {len(train)} training sentences of {cfg.train}: lower it",
     )
     require(
         train and dev,
         f"{cfg.train} gives {len(train)} sentences to train on and {len(dev)} to choose the epoch on: see "
         f"the files in {cfg.data} (without a dev split, every tenth training sentence is held out)",
     )
-    for name, sentences in tests.items():
-        require(sentences, f"{test_paths[name]} has no sentences to score: leave {name} out of --test")
     return train, dev, tests
+
+
+def read_tests(paths, skip_unusable):
+    """{test: sentences} of the treebanks to score.
+
+    Raises UserError for one that cannot be read or is empty or, if `skip_unusable`, only where none is left;
+    a note names each that is left out.
+    """
+    tests, errors = {}, []
+    for name, path in paths.items():
+        try:
+            sentences = read_iob2(path)
+            require(sentences, f"{path} has no sentences to score: fetch it again or leave it out of --test")
+            tests[name] = sentences
+        except UserError as error:
+            if not skip_unusable:
+                raise
+            errors.append(error)
+            print(f"note      --test=all leaves out {name}: {error}", flush=True)
+    if not tests:
+        raise errors[0]
+    return tests
 
 
 def find_dev(name, folder):
@@ -288,7 +320,7 @@ def find_dev(name, folder):
 
 
 def draw_shots(sentences, shots, seed):
-    """`shots` different sentences at random."""
+    """`shots` different sentences at random; more shots with the same seed contain them."""
     order = torch.randperm(len(sentences), generator=torch.Generator().manual_seed(seed))
     return [sentences[i] for i in order[:shots].tolist()]
 
@@ -592,31 +624,54 @@ def train_tagger(decoder, train, dev, cfg, seed, dtype, log):
 # ---- results ----
 
 
+def cell(values):
+    """The mean of scores and, of several, their sample standard deviation: "12.3 ± 4.5", in percent."""
+    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.1f}{spread}"
+
+
+def markdown(rows):
+    """Rows of texts, the first a heading, as an aligned Markdown table."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    texts = []
+    for first, *others in [rows[0], rule, *rows[1:]]:
+        cells = [first.ljust(widths[0]), *(text.rjust(width) for text, width in zip(others, widths[1:]))]
+        texts.append(f"| {' | '.join(cells)} |")
+    return "\n".join(texts)
+
+
 def table(results):
     """{test: [result of each seed]} as a Markdown table: percent, mean ± sample standard deviation."""
-    def cell(values):
-        spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-        return f"{100 * statistics.mean(values):.1f}{spread}"
-
     rows = [["test", "precision", "recall", "F1", *(f"F1 {name}" for name in TYPES), "spans"]]
     for test, lines in results.items():
         overall = [cell([line[key] for line in lines]) for key in ("precision", "recall", "f1")]
         per_type = [cell([line["per_type"][name]["f1"] for line in lines]) for name in TYPES]
         support = sum(lines[0]["per_type"][name]["support"] for name in TYPES)
         rows.append([test, *overall, *per_type, str(support)])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    rows.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-    texts = []
-    for first, *others in rows:
-        cells = [first.ljust(widths[0]), *(text.rjust(width) for text, width in zip(others, widths[1:]))]
-        texts.append(f"| {' | '.join(cells)} |")
-    return "\n".join(texts)
+    return markdown(rows)
 
 
-def title(cfg):
-    shots = f" ({cfg.shots} sentences)" if cfg.shots else ""
-    seeds = f", mean ± standard deviation of {cfg.seeds} seeds" if cfg.seeds > 1 else ""
-    return f"span F1 in percent, {cfg.mode}, trained on {cfg.train}{shots}{seeds}"
+def table_by_shots(results):
+    """{shots: {test: [result of each seed]}} as a Markdown table of F1, a column for each of `shots`."""
+    rows = [["test", *(str(shots or "all") for shots in results)]]
+    for test in next(iter(results.values())):
+        rows.append([test, *(cell([line["f1"] for line in tests[test]]) for tests in results.values())])
+    return markdown(rows)
+
+
+def summary(cfg, results):
+    """The tables of {shots: {test: [result of each seed]}} under their titles."""
+    def title(sentences):
+        seeds = f", mean ± standard deviation of {cfg.seeds} seeds" if cfg.seeds > 1 else ""
+        return f"span F1 in percent, {cfg.mode}, trained on {cfg.train}{sentences}{seeds}"
+
+    parts = []
+    for shots, tests in results.items():
+        parts += [title(f" ({shots} sentences)" if shots else ""), table(tests)]
+    if len(results) > 1:
+        parts += [title(", by number of sentences"), table_by_shots(results)]
+    return "\n\n".join(parts)
 
 
 # ---- the script ----
@@ -658,15 +713,20 @@ def check_writable(path):
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
-def print_header(path, decoder, device, dtype, train_names, train, dev, tests):
+def print_header(path, decoder, device, dtype, cfg, train, dev, tests):
     n_parameters = sum(p.numel() for p in decoder.parameters())
     n_words = sum(len(words) for words, _ in train)
     print(f"model     {path}: {n_parameters:,} parameters; {device}, {str(dtype).removeprefix('torch.')}")
     print(
-        f"data      train {train_names}: {len(train):,} sentences, {n_words:,} words; "
+        f"data      train {cfg.train}: {len(train):,} sentences, {n_words:,} words; "
         f"dev {len(dev):,} sentences; test {', '.join(tests)}",
         flush=True,
     )
+    if any(cfg.shot_counts) and cfg.mode != "majority":
+        print(
+            f"note      --shots draws from train only: the epoch is chosen on all {len(dev):,} dev sentences",
+            flush=True,
+        )
 
 
 def main(argv):
@@ -678,7 +738,7 @@ def main(argv):
     results_path = path.with_name("ner.jsonl")
     check_writable(results_path)
     train, dev, tests = choose_sentences(cfg)
-    print_header(path, decoder, device, dtype, cfg.train, train, dev, tests)
+    print_header(path, decoder, device, dtype, cfg, train, dev, tests)
 
     def prepare(sentences):
         treebank = Treebank(sentences, tokenizer, decoder.cfg.context, cfg.label)
@@ -689,28 +749,33 @@ def main(argv):
     start = time.perf_counter()
     tests = {name: prepare(sentences) for name, sentences in tests.items()}
     dev = prepare(dev)
-    all_train = None if cfg.shots else prepare(train)
+    all_train = prepare(train) if 0 in cfg.shot_counts else None
     if cfg.mode == "head":
         print(f"features  of all words, computed once: {time.perf_counter() - start:.1f} s", flush=True)
 
-    send, finish = start_wandb(cfg, f"{path.parent.name}-ner-{cfg.mode}-{cfg.train}", path.parent)
     run = {"checkpoint": str(path), "step": step, "mode": cfg.mode, "train": cfg.train.replace(" ", "")}
-    settings = {key: getattr(cfg, key) for key in SETTINGS}
-    results = defaultdict(list)
-    for seed in range(1, cfg.seeds + 1):
-        seed_train = prepare(draw_shots(train, cfg.shots, seed)) if cfg.shots else all_train
-        decoder.load_state_dict(weights)  # an earlier seed may have trained it
-        tag, training = train_tagger(decoder, seed_train, dev, cfg, seed, dtype, send)
-        for name, test in tests.items():
-            scores = test.score(tag(test))
-            sizes = {"sentences": len(seed_train.sentences), "words": len(test.tags)}
-            result = run | {"test": name, "seed": seed} | scores | training | sizes | settings
-            results[name].append(result)
-            logs.append(results_path, result)
-            totals = {f"ner/seed{seed}/{name}/{key}": scores[key] for key in ("f1", "precision", "recall")}
-            send({"step": 0} | totals)
-    print(f"\n{title(cfg)}\n\n{table(results)}\n\nfiles     {results_path}", flush=True)
-    finish()
+    results = {}  # {shots: {test: [result of each seed]}}
+    for shots in cfg.shot_counts:
+        if len(cfg.shot_counts) > 1:
+            print(f"shots     {shots or 'all'}", flush=True)
+        wandb_name = f"{path.parent.name}-ner-{cfg.mode}-{cfg.train}" + (f"-{shots}shots" if shots else "")
+        send, finish = start_wandb(replace(cfg, shots=str(shots)), wandb_name, path.parent)
+        settings = {key: getattr(cfg, key) for key in SETTINGS} | {"shots": shots}
+        results[shots] = defaultdict(list)
+        for seed in range(1, cfg.seeds + 1):
+            seed_train = prepare(draw_shots(train, shots, seed)) if shots else all_train
+            decoder.load_state_dict(weights)  # an earlier seed may have trained it
+            tag, training = train_tagger(decoder, seed_train, dev, cfg, seed, dtype, send)
+            for name, test in tests.items():
+                scores = test.score(tag(test))
+                sizes = {"sentences": len(seed_train.sentences), "words": len(test.tags)}
+                result = run | {"test": name, "seed": seed} | scores | training | sizes | settings
+                results[shots][name].append(result)
+                logs.append(results_path, result)
+                totals = {key: scores[key] for key in ("f1", "precision", "recall")}
+                send({"step": 0} | {f"ner/seed{seed}/{name}/{key}": value for key, value in totals.items()})
+        finish()
+    print(f"\n{summary(cfg, results)}\n\nfiles     {results_path}", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,14 @@ import numpy as np
 WANDB_MODES = ("disabled", "offline", "online")
 
 
+def finite(line):
+    """The dict `line` without numbers that are not finite: JSON has no NaN."""
+    return {key: value for key, value in line.items() if not isinstance(value, float) or math.isfinite(value)}
+
+
 def append(path, line):
-    """Appends the dict `line` as JSON, without numbers that are not finite: JSON has no NaN."""
-    line = {key: value for key, value in line.items() if not isinstance(value, float) or math.isfinite(value)}
+    """Appends the dict `line` as JSON."""
+    line = finite(line)
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
@@ -43,12 +48,17 @@ def truncate_log(path, step):
 # ---- the console ----
 
 
-def evaluation_line(step, losses, probe):
-    """For the console; `probe`: the metrics of the last one, {} where there was none."""
+def evaluation_line(step, metrics, probe):
+    """An evaluation for the console, and the last probe: {} before the first, else with its "step"."""
+    losses = {name: loss for name, loss in metrics.items() if "query" not in name}
     parts = [f"step {step:>6}", *(f"{name} {loss:.4f}" for name, loss in losses.items())]
+    for name, label in (("val/query_acc", "query acc"), ("val/new_query_acc", "of new words")):
+        parts += [f"{label} {metrics[name]:.3f}"] if name in metrics else []
     for prefix, label in (("rank/resid/", "effective rank"), ("entropy/", "attention entropy")):
         values = [value for name, value in probe.items() if name.startswith(prefix)]
         parts += [f"{label} {np.mean(values):.3g}"] if values else []
+    if probe.get("step", step) != step:
+        parts[-1] += f" (step {probe['step']})"
     return " | ".join(parts)
 
 
@@ -57,13 +67,11 @@ def training_line(progress, line):
     interval, parts = progress.interval, [f"step {progress.step:>6}"]
     parts += ["loss " + (f"{line['train/loss']:.4f}" if "train/loss" in line else "-")]
     if "meta/query_loss" in line:
-        parts += [f"query {line['meta/query_loss']:.3f} acc {line['meta/query_acc']:.3f} "
-                  f"(unadapted {line['meta/query_acc_unadapted']:.3f})"]
+        parts += [f"query {line['meta/query_loss']:.3f} acc {line.get('meta/query_acc', math.nan):.3f}"]
     parts += [f"lr {line['lr']:.2e}", f"grad {line['grad_norm']:.2f}",
               f"{1000 * interval['seconds'] / interval['steps']:.0f} ms", f"{line['tok_per_s']:,.0f} tok/s",
               f"MFU {line['mfu']:.0%}"]
-    share = {kind: n / sum(progress.micro_steps.values()) for kind, n in progress.micro_steps.items()}
-    parts += [f"{kind} {part:.0%}" for kind, part in share.items() if kind != "lm"]
+    parts += [f"{kind} {line[f'share/{kind}']:.0%}" for kind in progress.micro_steps if kind != "lm"]
     parts += [f"skipped {line['skipped']}"] * (line["skipped"] > 0)
     parts += [f"waited for data {line['data_wait']:.0%}"] * (line["data_wait"] > 0.05)
     return " | ".join(parts)

@@ -1,6 +1,9 @@
 """The machine a script runs on: its device, the precision of matrix products, the ranks of a distributed run.
 
-train.py, eval_ner.py and bench.py share it: `device, dtype = machine.pick_device("auto", "auto")`.
+    device, dtype = machine.pick_device("auto", "auto")
+    with machine.autocast(device, dtype): ...
+
+train.py, eval_ner.py and bench.py share it.
 """
 import os
 import time
@@ -47,7 +50,6 @@ def pick_device(name, dtype):
         raise UserError(f"device {name} is not available here: {str(error).splitlines()[0]}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = True
     if dtype != "auto":
         return device, getattr(torch, dtype)
     if device.type == "cpu":  # without these instructions bfloat16 is emulated, a hundred times slower
@@ -84,14 +86,13 @@ def synchronize(device):
         torch.accelerator.synchronize()
 
 
-def describe(device, dtype, is_compiled):
-    """For instance "cpu, bfloat16, eager, 1 rank of 2 threads"."""
+def describe(device, dtype):
+    """For instance "cpu, bfloat16, 1 rank of 2 threads"."""
     world = rank_and_world()[1]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     ranks = "1 rank" if world == 1 else f"{world} ranks"
     threads = f" of {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    mode = "compiled" if is_compiled else "eager"
-    return f"{name}, {str(dtype).removeprefix('torch.')}, {mode}, {ranks}{threads}"
+    return f"{name}, {str(dtype).removeprefix('torch.')}, {ranks}{threads}"
 
 
 def peak_flops(device, dtype):

@@ -6,7 +6,7 @@ With parameters p, inner rate a, support loss S and query loss Q of an episode:
     fast_0 = p,   fast_{k+1} = fast_k - a dS/dfast (fast_k)    `adapt`, on copies: p itself never moves
     outer gradient of p = dQ/dfast (fast_last)                 first order: d fast_last / d p is the identity
 
-    loss, metrics = Learner(decoder, head)("episodes", batch)  # or ("lm", batch); then loss.backward()
+    losses, metrics = Learner(decoder, head)("episodes", batch)      # losses["meta"].backward()
 
 Shapes: E episodes, N ways, K shots, Q queries, T positions, D model width.
 """
@@ -53,6 +53,22 @@ def straight_through(params, fast):
     So the query loss's backward() fills .grad of the initial parameters, and DDP's hooks see it.
     """
     return {name: p + (fast[name] - p).detach() for name, p in params.items()}
+
+
+def labels(ways, x):
+    """(E, n) labels of x (E, n, ...), whose rows come class by class."""
+    labels_of_one = torch.arange(ways, device=x.device).repeat_interleave(x.shape[1] // ways)
+    return labels_of_one.expand(x.shape[:2])
+
+
+def query_loss(query, support, unadapted):
+    """Logits (E, n, N), as `Learner.adapt_heads` gives them -> (query loss in nats, {metric: scalar})."""
+    def accuracy(logits):
+        return (logits.argmax(-1) == labels(logits.shape[2], logits)).float().mean()
+
+    loss = F.cross_entropy(query.flatten(0, 1), labels(query.shape[2], query).flatten())
+    return loss, {"meta/query_loss": loss.detach(), "meta/query_acc": accuracy(query),
+                  "meta/query_acc_unadapted": accuracy(unadapted), "meta/support_acc": accuracy(support)}
 
 
 class Head(nn.Module):
@@ -105,17 +121,19 @@ class Head(nn.Module):
 class Learner(nn.Module):
     """Everything that is trained, and what DistributedDataParallel wraps.
 
-    A kind of micro-step named "x" is two methods: `x_loss(batch)` and `x_flops(batch)`. adapted: what the
-    inner loop adapts: "head", "all", or a regular expression searched in the names `model.*` (backbone)
-    and `head.*`.
+    A kind of micro-step named "x" is two methods: `x_loss(batch)` and `x_flops(batch)`.
+
+    adapted: what the inner loop adapts: "head", "all", or a regular expression searched in the names
+    `model.*` (backbone) and `head.*`.
+    query_lm: the next-token loss of the query windows is a loss too.
     """
 
     def __init__(self, decoder, head, adapted="head", inner_steps=10, inner_lr=0.1, first_order=True,
-                 dtype=torch.float32):
+                 query_lm=False, dtype=torch.float32):
         super().__init__()
         self.decoder, self.head = decoder, head
         self.inner_steps, self.inner_lr = inner_steps, inner_lr
-        self.first_order, self.dtype = first_order, dtype
+        self.first_order, self.query_lm, self.dtype = first_order, query_lm, dtype
         pattern = re.compile({"head": r"^head\.", "all": ""}.get(adapted, adapted))
         names = ["model." + name for name, _ in decoder.model.named_parameters()]
         head_names = {"head." + name for name, _ in head.named_parameters()}
@@ -130,7 +148,11 @@ class Learner(nn.Module):
         self.head_only = all(name.startswith("head.") for name in self.adapted)
 
     def forward(self, kind, batch):
-        """(loss, {metric: detached scalar}) of a batch of this kind, "lm" or "episodes"; means, in nats."""
+        """({part: loss}, {metric: detached scalar}) of a batch of this kind: "lm", "episodes" or "joint".
+
+        Losses are means, in nats; `loss_weights` in train.py weighs their parts "lm" and "meta". All
+        batches of a kind give the same metrics, since ranks add them up.
+        """
         return getattr(self, f"{kind}_loss")(batch)
 
     def flops(self, kind, batch):
@@ -147,7 +169,7 @@ class Learner(nn.Module):
     def lm_loss(self, batch):
         with self.autocast():
             loss = self.decoder(batch.ids, batch.targets)
-        return loss, {"train/loss": loss.detach()}
+        return {"lm": loss}, {"train/loss": loss.detach()}
 
     def lm_flops(self, batch):
         return 3 * len(batch.ids) * sum(self.decoder.flops(batch.ids.shape[1]))
@@ -155,56 +177,52 @@ class Learner(nn.Module):
     # ---- episodes ----
 
     def episodes_loss(self, batch):
-        E, N, K, _ = batch.support.shape
         support, query = batch.support.flatten(1, 2), batch.query.flatten(1, 2)  # (E, N * K or N * Q, T)
-        ways = torch.arange(N, device=support.device).expand(E, N)
-        labels = ways.repeat_interleave(K, dim=1)  # (E, N * K)
-        query_labels = ways.repeat_interleave(batch.query.shape[2], dim=1)  # (E, N * Q)
-        if self.head_only:
-            logits = self.adapt_heads(support, labels, query, N)
+        ways, losses, metrics = batch.words.shape[1], {}, {}
+        if not self.head_only:
+            episodes = [self.adapt_any(*episode, ways) for episode in zip(support, query)]
+            logits = map(torch.stack, zip(*episodes))
         else:
-            logits = map(torch.stack, zip(*(self.adapt_any(*one, N) for one in zip(support, labels, query))))
-        query_logits, support_logits, unadapted_logits = logits
-        loss = F.cross_entropy(query_logits.flatten(0, 1), query_labels.flatten())
-
-        def accuracy(logits, labels):
-            return (logits.argmax(-1) == labels).float().mean()
-
-        return loss, {
-            "meta/query_loss": loss.detach(),
-            "meta/query_acc": accuracy(query_logits, query_labels),
-            "meta/query_acc_unadapted": accuracy(unadapted_logits, query_labels),
-            "meta/support_acc": accuracy(support_logits, labels),
-        }
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.first_order):
+                x = self.features(support)
+            if self.query_lm:
+                with self.autocast():
+                    hidden = self.decoder.hidden(query.flatten(0, 1))  # (E * N * Q, T, D)
+                    losses["lm"] = self.decoder.loss(hidden, batch.targets)
+                metrics["train/query_lm_loss"] = losses["lm"].detach()
+                x_query = hidden[:, -1].unflatten(0, query.shape[:2])
+            else:
+                x_query = self.features(query)
+            logits = self.adapt_heads(x, x_query, ways)
+        losses["meta"], query_metrics = query_loss(*logits)
+        return losses, metrics | query_metrics
 
     def features(self, windows):
-        """windows (E, n, T) that end at the mask -> the backbone's features there (E, n, D)."""
+        """windows (E, n, T) -> the backbone's features at their last position (E, n, D)."""
         with self.autocast():  # the residual stream, and so the feature, stays in the parameters' precision
             return self.decoder.hidden(windows.flatten(0, 1), last=True)[:, 0].unflatten(0, windows.shape[:2])
 
-    def adapt_heads(self, support, labels, query, ways):
-        """All episodes at once, each with a head of its own.
+    def adapt_heads(self, x, x_query, ways):
+        """All episodes at once, each with a head of its own, on features that stay as they are.
 
-        support (E, N * K, T), labels (E, N * K), query (E, N * Q, T) -> logits on the query after adaptation
-        (E, N * Q, N), on the support after it (E, N * K, N), and on the query before it. Where only the head
-        adapts the backbone's features stay, so the support goes through it once.
+        Features of the support x (E, N * K, D) and of the query (E, N * Q, D), class by class -> logits on
+        the query after adaptation (E, N * Q, N), on the support after it (E, N * K, N), and on the query
+        before it.
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.first_order):
-            x = self.features(support)  # (E, N * K, D)
-        x_query = self.features(query)  # (E, N * Q, D)
         start = {name: p.expand(len(x), *p.shape) for name, p in self.head.start(ways, x).items()}
+        target = labels(ways, x)
 
         def support_loss(params):  # summed over episodes: each head's gradient is that of its mean loss
             logits = self.head(x, params).flatten(0, 1)
-            return F.cross_entropy(logits, labels.flatten(), reduction="sum") / labels.shape[1]
+            return F.cross_entropy(logits, target.flatten(), reduction="sum") / target.shape[1]
 
         fast, outer = self.inner_loop(support_loss, start)
         with torch.no_grad():
             before, after = self.head(x_query, start), self.head(x, fast)
         return self.head(x_query, outer), after, before
 
-    def adapt_any(self, support, labels, query, ways):
-        """As `adapt_heads` for one episode (no E) and any parameters: each inner step runs the backbone."""
+    def adapt_any(self, support, query, ways):
+        """As `adapt_heads`, for one episode's windows (n, T): each inner step runs the backbone."""
         start = {"model." + name: p for name, p in self.decoder.model.named_parameters()}
         start |= self.head.start(ways, like=start["model.norm.weight"])
         buffers = dict(self.decoder.model.named_buffers())
@@ -218,7 +236,8 @@ class Learner(nn.Module):
                                     strict=True)
             return self.head(x[None, :, 0], {name: p[None] for name, p in params.items()})[0]
 
-        fast, outer = self.inner_loop(lambda params: F.cross_entropy(logits(params, support), labels), start)
+        target = labels(ways, support[None])[0]
+        fast, outer = self.inner_loop(lambda params: F.cross_entropy(logits(params, support), target), start)
         with torch.no_grad():
             before, after = logits(start, query), logits(fast, support)
         return logits(outer, query), after, before
@@ -238,13 +257,37 @@ class Learner(nn.Module):
         E, N, K, T = batch.support.shape
         supports, queries = E * N * K, E * N * batch.query.shape[2]  # windows
         window = self.decoder.flops(T, last=True)[0]  # the backbone's forward pass over one
-        layers = [2 * layer.weight.numel() for layer in self.head.layers] + [2 * N * self.head.features]
-        head = sum(layers)
+        heads = self.head_flops(N, supports, queries)
+        if self.head_only:
+            support_passes = supports * window * (1 if self.first_order else 3)
+            query_passes = 3 * queries * (sum(self.decoder.flops(T)) if self.query_lm else window)
+            return heads + support_passes + query_passes
         order = 1 if self.first_order else 2
-        if self.head_only:  # the first layer's input needs no gradient; the support is classified once more
-            inner = self.inner_steps * supports * (3 * head - layers[0]) * order + supports * head
-            backbone = supports * window * (1 if self.first_order else 3)
-        else:  # the query is also read before adaptation
-            inner = (3 * self.inner_steps * order + 1) * supports * head
-            backbone = (3 * self.inner_steps * order + 1) * supports * window + queries * window
-        return backbone + inner + 3 * queries * window + 4 * queries * head
+        support_passes = (3 * self.inner_steps * order + 1) * supports * window
+        return heads + support_passes + 4 * queries * window  # the query is also read before adaptation
+
+    def head_flops(self, ways, supports, queries):
+        """Of the inner loop in the head, of the support after it, and of the query before and after it."""
+        layers = [2 * layer.weight.numel() for layer in self.head.layers] + [2 * ways * self.head.features]
+        head, order = sum(layers), 1 if self.first_order else 2
+        # Where only the head adapts, its first layer's input needs no gradient.
+        step = 3 * head - (layers[0] if self.head_only else 0)
+        return self.inner_steps * supports * step * order + supports * head + 4 * queries * head
+
+    # ---- next-token prediction, with episodes at its own positions ----
+
+    def joint_loss(self, batch):
+        """One pass for both: the support is read without gradient, the query with it."""
+        with self.autocast():
+            hidden = self.decoder.hidden(batch.ids)  # (B, T, D)
+            lm_loss = self.decoder.loss(hidden, batch.targets)
+        x = hidden.flatten(0, 1)  # (B * T, D)
+        support, query = batch.support.flatten(1), batch.query.flatten(1)  # (E, N * K or N * Q)
+        ways = batch.words.shape[1]
+        meta_loss, metrics = query_loss(*self.adapt_heads(x.detach()[support], x[query], ways))
+        metrics |= {"train/loss": lm_loss.detach(), "meta/ways": ways}
+        return {"lm": lm_loss, "meta": meta_loss}, metrics
+
+    def joint_flops(self, batch):
+        heads = self.head_flops(batch.words.shape[1], batch.support.numel(), batch.query.numel())
+        return self.lm_flops(batch) + heads

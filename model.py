@@ -10,6 +10,7 @@ Shapes: B batch, T positions, D model width, H heads, G key-value heads, C chann
 vocabulary.
 """
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -35,8 +36,7 @@ class ModelConfig:
         if self.d_hidden == 0:
             object.__setattr__(self, "d_hidden", 4 * self.d_model)
         config.require_at_least(self, 1, "d_model", "n_layers", "n_heads", "n_kv_heads", "d_hidden",
-                                "vocab_size",
-                                "context")
+                                "vocab_size", "context")
         config.require_positive(self, "rope_theta", "norm_eps")
         config.require(self.d_model % (2 * self.n_heads) == 0,
                        f"d_model = {self.d_model} must be an even multiple of n_heads = {self.n_heads} "
@@ -73,8 +73,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x, cos, sin, last)
         causal = visible is None and not last  # the last position sees all
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal, enable_gqa=True)
-        # (B, H, T or 1, C)
-        return self.o_proj(y.transpose(1, 2).flatten(-2))  # (B, T or 1, D)
+        return self.o_proj(y.transpose(1, 2).flatten(-2))  # (B, H, T or 1, C) -> (B, T or 1, D)
 
 
 class MLP(nn.Module):
@@ -198,7 +197,7 @@ class Decoder(nn.Module):
         self.model = Backbone(cfg)
         self.lm_head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
         self.init_weights(generator)
-        self.softmax_loss = softmax_loss
+        self.softmax_loss, self.is_compiled = softmax_loss, False
 
     def compile(self):
         """torch.compile, in place: each layer (all share their graphs), and the softmax of the loss.
@@ -211,6 +210,11 @@ class Decoder(nn.Module):
         for layer in self.model.layers:
             layer.compile(dynamic=False, recompile_limit=64)
         self.softmax_loss = torch.compile(softmax_loss, dynamic=False, recompile_limit=64)
+        self.is_compiled = True
+
+    def eager(self):
+        """The context in which nothing is compiled: for shapes that are met once or seldom."""
+        return torch.compiler.set_stance("force_eager") if self.is_compiled else nullcontext()
 
     def init_weights(self, generator=None):
         """As GPT-2: normal(0, 0.02), 0.02 / sqrt(2 L) for what writes to the residual stream; norms 1."""

@@ -339,8 +339,7 @@ def prepare(cfg):
         save_tokenizer(tokenizer, partial)
         counts = write_splits(cfg, domains, tokenizer, partial)
         meta = {"tokenizer": tokenizer.name, "vocab_size": tokenizer.n_vocab,
-                "source": cfg.source or "embedded",
-                "tokens": counts}
+                "source": cfg.source or "embedded", "tokens": counts}
         (partial / "meta.json").write_text(json.dumps(meta, indent=1))
         try:
             partial.rename(out)

@@ -15,9 +15,9 @@ from config import UserError
 # These may differ from the checkpoint's on a resume: they do not change what is computed, or (device,
 # dtype and compile) only how it rounds.
 MAY_CHANGE_ON_RESUME = {
-    "out_dir", "data", "log_every", "eval_every", "eval_sequences", "probe_every", "probe_gradients",
-    "checkpoint_every", "keep", "keep_every", "report", "wandb", "wandb_project", "device", "dtype",
-    "compile",
+    "out_dir", "data", "log_every", "eval_every", "eval_sequences", "eval_episodes", "probe_every",
+    "probe_gradients", "checkpoint_every", "keep", "keep_every", "report", "wandb", "wandb_project", "device",
+    "dtype", "compile",
 }
 
 
@@ -34,8 +34,8 @@ class Progress:
     seconds: float = 0.0  # of training; evaluation, probes and checkpoints do not count
     run_id: str = field(default_factory=lambda: os.urandom(4).hex())  # of wandb
     stuck_logs: int = 0  # log lines in a row whose query loss is at ln N
-    # Since the last log line, over all ranks: steps, seconds of training and of these waiting for data,
-    # tokens of all kinds, FLOPs; and micro-steps of each kind.
+    # Since the last log line: steps, seconds of training and of these waiting for data on this rank;
+    # tokens of all kinds and FLOPs over all ranks; and this rank's micro-steps of each kind.
     interval: dict = field(default_factory=lambda: dict.fromkeys(INTERVAL, 0))
     micro_steps: dict = field(default_factory=dict)
     # Tensors stay on the device, since reading them waits for it.
@@ -47,9 +47,9 @@ class Progress:
         self.skipped = self.skipped.to(device)
         return self
 
-    def count(self, kind, tokens, flops, waited):
-        """Counts a micro-step."""
-        self.tokens += tokens if kind == "lm" else 0
+    def count(self, kind, tokens, lm_tokens, flops, waited):
+        """Counts a micro-step: its tokens, and those of them that a next-token loss read."""
+        self.tokens += lm_tokens
         self.flops += flops
         self.interval["tokens"] += tokens
         self.interval["flops"] += flops
@@ -74,6 +74,7 @@ class Progress:
         return {
             "flops": self.flops, "seconds": self.seconds,
             **{name: total / count for name, (total, count) in sums.items() if count},
+            **{f"share/{kind}": n / sum(self.micro_steps.values()) for kind, n in self.micro_steps.items()},
             "tok_per_s": interval["tokens"] / interval["seconds"],
             "mfu": interval["flops"] / interval["seconds"] / peak_flops,
             "data_wait": interval["waited"] / interval["seconds"],
@@ -91,8 +92,16 @@ def checkpoint_state(cfg, corpus, learner, optimizers, progress):
         "model": learner.decoder.state_dict(),
         "learner": {name: p for name, p in state.items() if not name.startswith("decoder.")},
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "optimizer_options": list(map(optimizer_options, optimizers)),
         "config": asdict(cfg), "corpus_tokens": corpus.tokens, **vars(progress),
     }
+
+
+def optimizer_options(optimizer):
+    """What load_state_dict would silently replace: the class and the options of each group."""
+    groups = [{key: value for key, value in group.items() if key not in ("params", "lr")}
+              for group in optimizer.param_groups]
+    return repr((type(optimizer).__name__, groups))
 
 
 def resume(cfg, corpus, learner, optimizers):
@@ -115,15 +124,17 @@ def resume(cfg, corpus, learner, optimizers):
     if state["corpus_tokens"] != corpus.tokens:
         raise UserError(f"{cfg.out_dir} holds a run on {state['corpus_tokens']:,} training tokens, "
                         f"{cfg.data} has {corpus.tokens:,}: give its --data, or another --out_dir")
+    if state["optimizer_options"] != list(map(optimizer_options, optimizers)):
+        raise UserError(f"{cfg.out_dir} holds a run with other optimizers: take another --out_dir")
     parameters = {f"decoder.{name}": p for name, p in state["model"].items()} | state["learner"]
     try:
         learner.load_state_dict(parameters)
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-    except (RuntimeError, ValueError) as error:  # a fork that added parameters or changed the optimizer
+    except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{cfg.out_dir} holds a run with other parameters or optimizers ({reason}): take "
-                        "another --out_dir") from None
+        raise UserError(f"{cfg.out_dir} holds a run with other parameters ({reason}): take another --out_dir"
+                        ) from None
     return Progress(**{f.name: state[f.name] for f in fields(Progress) if f.name in state})
 
 

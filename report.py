@@ -25,10 +25,13 @@ import config
 from config import UserError, require
 
 AXES = {"step": "updates", "tokens": "LM tokens", "flops": "FLOPs", "seconds": "seconds of training"}
-ACCURACIES = {  # metric: label, line style
-    "meta/query_acc": ("query accuracy, adapted", "-"),
-    "meta/query_acc_unadapted": ("query accuracy, unadapted", "--"),
+ADAPTATION = {  # metric of held-out text: what it is the accuracy of
+    "val/mask_query_acc": "query accuracy on held-out text, at the mask",
+    "val/context_query_acc": "query accuracy on held-out text, before the word",
+    "val/mask_new_query_acc": "the same of held-out words, at the mask",
+    "val/context_new_query_acc": "the same of held-out words, before the word",
 }
+DASHES = {"val/mask_query_acc": "-", "val/context_query_acc": "--"}  # of those in the figure
 LABELS = {  # of the curves that train.py writes, in the order in which they are shown
     "rank/resid": "effective rank, residual stream",
     "entropy": "attention entropy",
@@ -51,6 +54,7 @@ MIN_POINTS = 8  # that a curve needs for its phases
 class Config:
     out: str = "report"  # path of the report without its ending; OUT.md and OUT.png are written
     brief: bool = False  # True: the figure is one row of at most three panels
+    mixed: bool = False  # True: show what averaging query losses into the training loss makes of it
 
 
 # ---- reading runs ----
@@ -117,7 +121,7 @@ def shared_axes(groups):
 def domain_keys(groups):
     """The metrics val/<domain> that all runs have."""
     keys = [{key for line in run["log"] for key in line} for runs in groups for run in runs]
-    return sorted(key for key in set.intersection(*keys) if re.fullmatch("val/(?!loss$).*", key))
+    return sorted(key for key in set.intersection(*keys) if re.fullmatch("val/(?!loss$|.*query_).*", key))
 
 
 def layer_curves(runs):
@@ -443,6 +447,94 @@ def comparison(names, rows):
 # ---- sections: section(groups, names) -> paragraphs of Markdown, [] if the runs have nothing for it ----
 
 
+def judged(delta, p, form, lower_is_better=False):
+    """A difference in words: better, worse, or nothing where a test does not tell it from 0."""
+    if not math.isnan(p) and p >= 0.05 or delta == 0:
+        return f"nothing ({format(delta, '+' + form)}" + ("" if math.isnan(p) else f", p = {p:.2g}") + ")"
+    word = "better" if (delta < 0) == lower_is_better else "worse"
+    test = "one run each, untested" if math.isnan(p) else f"p = {p:.2g}"
+    return f"{word} by {format(abs(delta), form)} ({test})"
+
+
+def losses_at_equal(groups, axis):
+    """[[validation loss of each run, at the largest value of the axis that all runs reach] for each group]"""
+    curves = [[curve(run, "val/loss") for run in runs] for runs in groups]
+    shared = min(c[axis][-1] for of_group in curves for c in of_group)
+    return [[float(np.interp(shared, c[axis], c["val/loss"])) for c in of_group] for of_group in curves]
+
+
+def answer(groups, names):
+    """What did meta-learning buy, if the first group has it and the second has not?"""
+    if len(groups) != 2:
+        return []
+    paired, items = in_pairs(groups), []
+    losses = []
+    for axis in shared_axes(groups):
+        delta, _, p = difference(*losses_at_equal(groups, axis), paired)
+        losses.append(f"{judged(delta, p, '.3f', lower_is_better=True)} at equal {AXES[axis]}")
+    items.append(f"Validation loss, nats: {'; '.join(losses)}.")
+    for kind, words in (("", "held-out text"), ("new_", "held-out words")):
+        accuracies = []
+        for read_out, where in (("mask", "at the mask"), ("context", "before the word")):
+            values = last_values(groups, f"val/{read_out}_{kind}query_acc")
+            if all(values):
+                delta, _, p = difference(*values, paired)
+                accuracies.append(f"{judged(delta, p, '.3f')} {where}")
+        items += [f"Adaptation on {words}, query accuracy: {'; '.join(accuracies)}."] if accuracies else []
+    gains = [np.mean(a) - np.mean(b) for (mode, *_), (a, b) in ner_scores(groups) if mode != "majority"]
+    if gains:
+        items.append(f"Universal NER: {np.mean(gains):+.1f} points of F1 on average over {len(gains)} "
+                     f"scores, from {min(gains):+.1f} to {max(gains):+.1f}.")
+    shares = [f"{count} of {total} in {name}" for name, runs in zip(names, groups)
+              for count, total in [count_rise_and_fall(runs)] if total]
+    items += [f"Curves that diversify, then compress: {', '.join(shares)}."] if shares else []
+    return [f"## What did {names[0]} buy, against {names[1]}?", "\n".join(f"- {item}" for item in items)]
+
+
+def count_rise_and_fall(runs):
+    """(how many of the default curves diversify, then compress; how many there are)"""
+    verdicts = [majority(of_layer)[0] for kind, by_layer in layer_curves(runs).items() if kind in LABELS
+                for of_layer in by_layer.values()]
+    return verdicts.count(RISE_AND_FALL), len(verdicts)
+
+
+def training_curve(run, mixed, width=5):
+    """(steps, training loss in nats), a running mean over log lines; mixed: averaged with the query losses.
+
+    The published trainer averages the losses of all micro-steps, whatever their kind, into one curve.
+    """
+    steps, losses = [], []
+    for line in run["log"]:
+        share = line.get("share/episodes", 0.0) if mixed else 0.0
+        parts = [(1 - share, line.get("train/loss")), (share, line.get("meta/query_loss"))]
+        if "lr" in line and all(loss is not None for weight, loss in parts if weight > 0):
+            steps.append(line["step"])
+            losses.append(sum(weight * loss for weight, loss in parts if weight > 0))
+    width = min(width, len(losses)) or 1
+    return np.array(steps[width - 1:], float), np.convolve(losses or [0.0], np.ones(width) / width, "valid")
+
+
+def mixed_curve(groups, names):
+    """What a curve looks like that averages LM and query losses, and the speedup that it seems to show."""
+    rows = [["", *names]]
+    for label, mixed in (("next-token loss alone, nats", False), ("averaged with query losses", True)):
+        last = [[training_curve(run, mixed)[1][-1] for run in runs] for runs in groups]
+        rows.append([label, *(mean_std(of_group, ".3f") for of_group in last)])
+    note = ("The training loss at the end, as it is and as the published trainer logs it: one mean over "
+            "next-token losses and query losses. A query loss is at most ln N, so the second is lower "
+            "without any language being learned.")
+    paragraphs = ["## The mixed curve", note, markdown(rows)]
+    if len(groups) == 2:
+        ends, curves = ([training_curve(run, True) for run in runs] for runs in groups)
+        level, spent = (np.mean([c[i][-1] for c in ends]) for i in (1, 0))
+        needed = np.array([reach(losses, steps, level) for steps, losses in curves])
+        times = np.nanmean(needed) / spent if np.isfinite(needed).any() else math.nan
+        when = "never" if math.isnan(times) else f"after {times:.2f} times the updates"
+        paragraphs.append(f"By it, {names[1]} reaches the last loss of {names[0]}, {level:.3f}, {when}. "
+                          "A speedup that is read off such a curve is an artefact of the averaging.")
+    return paragraphs
+
+
 def compared_with_paper(groups, names):
     """What the paper reports, next to the same of these runs."""
     if len(groups) != 2:
@@ -463,12 +555,8 @@ def compared_with_paper(groups, names):
     if domains:
         rows.append(["perplexity worse on text of other domains at most sizes",
                      f"worse on {len(worse)} of {len(domains)} validation domains"])
-    shares = []
-    for name, runs in zip(names, groups):
-        verdicts = [majority(of_layer)[0] for kind, by_layer in layer_curves(runs).items() if kind in LABELS
-                    for of_layer in by_layer.values()]
-        if verdicts:
-            shares.append(f"{name}: {verdicts.count(RISE_AND_FALL)} of {len(verdicts)} curves do")
+    shares = [f"{name}: {count} of {total} curves do" for name, runs in zip(names, groups)
+              for count, total in [count_rise_and_fall(runs)] if total]
     if shares:
         rows.append(["effective rank and head entropy rise, then fall", "; ".join(shares)])
     return ["## Compared with the paper", markdown(rows, right=False)] if len(rows) > 1 else []
@@ -481,11 +569,8 @@ def end_of_training(groups, names):
     for key in domain_keys(groups):
         label = f"validation loss, {key.removeprefix('val/')}"
         rows += compared(label, last_values(groups, key), ".3f", paired)
-    for key, (label, _) in ACCURACIES.items():
-        values = last_values(groups, key)
-        if any(values):  # often of one group alone, so without a difference
-            means = [mean_std(of_group, ".3f") if of_group else "" for of_group in values]
-            rows.append([label, *means, *(["", ""] if len(groups) == 2 else [])])
+    for key, label in ADAPTATION.items():
+        rows += compared(label, last_values(groups, key), ".3f", paired)
     for key, label in AXES.items():
         form = ".0f" if key in ("step", "seconds") else ".3g"
         rows += compared(label, last_values(groups, key), form, test=False)
@@ -583,11 +668,11 @@ def layer_orders(label, by_layer):
 
 
 # In the order of the report. Phases come last: the console shows what stands before them.
-SECTIONS = [compared_with_paper, end_of_training, speedup_to_equal_loss, universal_ner, phases]
+SECTIONS = [answer, compared_with_paper, end_of_training, speedup_to_equal_loss, universal_ner, phases]
 
 
-def tables(groups, names):
-    """The report as Markdown."""
+def tables(groups, names, mixed=False):
+    """The report as Markdown; mixed: with the section of that name before the phases."""
     folders = [f"{name}: {', '.join(str(run['path']) for run in runs)}" for name, runs in zip(names, groups)]
     note = ""
     if max(map(len, groups)) > 1:
@@ -595,7 +680,7 @@ def tables(groups, names):
         if len(groups) == 2 and min(map(len, groups)) > 1:
             note += " p: t-test, paired by seed." if in_pairs(groups) else " p: Welch's t-test."
     paragraphs = [f"# {' against '.join(names)}", f"Runs: {'; '.join(folders)}.{note}"]
-    for section in SECTIONS:
+    for section in [*SECTIONS[:-1], *([mixed_curve] if mixed else []), SECTIONS[-1]]:
         paragraphs += section(groups, names)
     return "\n\n".join(paragraphs) + "\n"
 
@@ -658,14 +743,24 @@ def speedup_panel(ax, groups, names):
     ax.legend()
 
 
-def accuracy_panel(ax, groups):
+def adaptation_panel(ax, groups):
     for run, style in styled_runs(groups):
-        for key, (_, dashes) in ACCURACIES.items():
+        for key, dashes in DASHES.items():
             c = curve(run, key)
             ax.plot(c["step"], c[key], dashes, **style)
-    ax.set(xlabel=AXES["step"], title="query accuracy", ylim=(0, None))
-    ax.legend(handles=[legend_handle(label.removeprefix("query accuracy, "), color="gray", ls=dashes)
-                       for label, dashes in ACCURACIES.values()])
+    ax.set(xlabel=AXES["step"], title="adapted accuracy, held-out text", ylim=(0, None))
+    ax.legend(handles=[legend_handle(ADAPTATION[key].split(", ")[1], color="gray", ls=dashes)
+                       for key, dashes in DASHES.items()])
+
+
+def mixed_panel(ax, groups, names):
+    """The training loss of the LM alone, and as it looks where query losses are averaged into it."""
+    for run, style in styled_runs(groups):
+        for label, dashes in (("lm", "-"), ("mixed", "--")):
+            ax.plot(*training_curve(run, mixed=label == "mixed"), dashes, **style)
+    ax.set(xlabel=AXES["step"], ylabel="nats", title="training loss")
+    ax.legend(handles=[legend_handle("next-token alone", color="gray"),
+                       legend_handle("averaged with query losses", color="gray", ls="--")])
 
 
 def domains_panel(ax, groups, names):
@@ -761,7 +856,7 @@ def in_threes(heading, panels):
     return [("" if i else heading, panels[i:i + 3]) for i in range(0, len(panels), 3)]
 
 
-def figure(groups, names):
+def figure(groups, names, mixed=False):
     """All panels for which there are data, at most three in a row, at the width of a page."""
     from matplotlib import colormaps
 
@@ -769,8 +864,10 @@ def figure(groups, names):
     panels = [partial(loss_panel, groups=groups, names=names, axis=axis) for axis in axes]
     if len(groups) == 2 and speedup(groups)[1]:
         panels.append(partial(speedup_panel, groups=groups, names=names))
-    if any(any(last_values(groups, key)) for key in ACCURACIES):
-        panels.append(partial(accuracy_panel, groups=groups))
+    if any(any(last_values(groups, key)) for key in DASHES):
+        panels.append(partial(adaptation_panel, groups=groups))
+    if mixed:
+        panels.append(partial(mixed_panel, groups=groups, names=names))
     if domain_keys(groups):
         panels.append(partial(domains_panel, groups=groups, names=names))
     rows = in_threes("", panels)
@@ -792,11 +889,11 @@ def figure(groups, names):
 
 
 def brief_figure(groups, names):
-    """One row: validation loss, query accuracy, mean effective rank of the residual stream."""
+    """One row: validation loss, adaptation on held-out text, mean effective rank of the residual stream."""
     axis = "flops" if "flops" in shared_axes(groups) else "step"
     panels = [partial(loss_panel, groups=groups, names=names, axis=axis)]
-    if any(any(last_values(groups, key)) for key in ACCURACIES):
-        panels.append(partial(accuracy_panel, groups=groups))
+    if any(any(last_values(groups, key)) for key in DASHES):
+        panels.append(partial(adaptation_panel, groups=groups))
     if any("rank/resid" in layer_curves(runs) for runs in groups):
         panels.append(partial(residual_rank_panel, groups=groups))
     return draw([("", panels)], size=(3.4, 2.7), font=10)
@@ -828,7 +925,7 @@ def group_names(groups):
     return names if len(set(names)) == len(names) else [",".join(map(str, folders)) for folders in groups]
 
 
-def write(groups, out, brief=False):
+def write(groups, out, brief=False, mixed=False):
     """Writes OUT.md and OUT.png and returns the tables as Markdown.
 
     groups: one or two lists of run folders; of two, the second is the baseline. out: a path without ending.
@@ -837,8 +934,8 @@ def write(groups, out, brief=False):
     runs, names = read_groups(groups), group_names(groups)
     path = Path(out)
     require(path.name, f"out = {str(out)!r} must be a path of a file without its ending, such as out/report")
-    text = tables(runs, names)
-    fig = (brief_figure if brief else figure)(runs, names)
+    text = tables(runs, names, mixed)
+    fig = brief_figure(runs, names) if brief else figure(runs, names, mixed)
     image = f"![{' against '.join(names)}]({path.name}.png)"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -854,7 +951,7 @@ def main(argv):
     cfg = config.load(Config, flags, __doc__)
     groups = [[folder for folder in arg.split(",") if folder] for arg in given]
     out = re.sub(r"\.(md|png)$", "", cfg.out)
-    text = write(groups, out, cfg.brief)
+    text = write(groups, out, cfg.brief, cfg.mixed)
     print(text.split("## Phases of")[0].rstrip() + "\n")
     print(f"files     {out}.md (these tables, and the phases of every layer), {out}.png")
 

@@ -1,10 +1,11 @@
 """Which kind each micro-step is, and which sequences or episodes each rank reads in it.
 
     schedule = Schedule(cfg, world)                                 # cfg: train.py's Config
-    kind, numbers = schedule.micro_step(123, rank, {"lm": 16, "episodes": 1})      # ("lm", range(1952, 1968))
+    kind, numbers = schedule.micro_step(123, rank, {"lm": 16, "episodes": 1})  # "episodes", range(75, 76)
 
 All of it is a pure function of the settings: the same on every rank, after a resume, and whatever ran before.
 """
+import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,11 +17,14 @@ from config import UserError
 
 def block_kinds(cfg):
     """(max_steps, blocks) names of kinds. Step n is the same whatever max_steps is."""
+    kinds = np.full((cfg.max_steps, cfg.meta_blocks if cfg.meta_share > 0 else 1), "lm", dtype=object)
     if cfg.meta_share == 0:
-        return np.full((cfg.max_steps, 1), "lm")
-    draws = np.random.default_rng([cfg.seed, 2]).random((cfg.max_steps, cfg.meta_blocks))
-    kinds = np.where(draws < cfg.meta_share, "episodes", "lm")
+        return kinds
+    uniform = np.random.default_rng([cfg.seed, 2]).random(kinds.shape)
+    kinds[uniform < cfg.meta_share] = "joint" if cfg.episodes_from == "batch" else "episodes"
     kinds[:cfg.meta_start] = "lm"
+    if cfg.meta_decay > 0:  # once the weight of the episodes is 0
+        kinds[cfg.meta_start + math.ceil(cfg.meta_decay * cfg.max_steps):] = "lm"
     return kinds
 
 
@@ -43,10 +47,10 @@ class Schedule:
             raise UserError(f"{self.micro_steps} micro-steps of an update (global_batch_size / (batch_size x "
                             f"ranks)) must be a multiple of meta_blocks = {cfg.meta_blocks}: lower "
                             "meta_blocks or batch_size")
-        self.earlier = np.zeros(self.kinds.shape, np.int64)  # blocks of the same kind before this one
-        for kind in np.unique(self.kinds):
-            is_kind = self.kinds == kind
-            self.earlier[is_kind] = np.arange(is_kind.sum())
+        series = np.where(self.kinds == "joint", "lm", self.kinds)  # both read the sequences of the corpus
+        self.earlier = np.zeros(series.shape, np.int64)  # blocks of the same series before this one
+        for name in set(series.flat):
+            self.earlier[series == name] = np.arange((series == name).sum())
 
     def __len__(self):
         """Micro-steps of the whole run."""
@@ -60,7 +64,7 @@ class Schedule:
         step, micro = divmod(number, self.micro_steps)
         per_block = self.micro_steps // self.kinds.shape[1]
         block, i = divmod(micro, per_block)
-        kind = str(self.kinds[step, block])
+        kind = self.kinds[step, block]
         first = ((int(self.earlier[step, block]) * per_block + i) * self.world + rank) * sizes[kind]
         return kind, range(first, first + sizes[kind])
 

@@ -12,6 +12,7 @@ import json
 import math
 import re
 import signal
+import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -28,11 +29,12 @@ import data
 import logs
 import machine
 import probes
+from adaptation import AdaptationTest
 from config import UserError
 from meta import Head, Learner
 from model import Decoder, ModelConfig
 from progress import Progress, checkpoint_state, require_same_step, resume
-from schedule import Schedule, block_kinds, read_ahead
+from schedule import Schedule, read_ahead
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,13 @@ class Config(ModelConfig):
     grad_clip: float = 1.0  # largest norm of the gradient; 0: off
     # episodes
     meta_share: float = 0.5  # probability that a block of micro-steps reads episodes; 0: off (vanilla)
-    meta_blocks: int = 2  # equal blocks of an update's micro-steps, each of one kind, for any number of GPUs
+    meta_blocks: int = 2  # parts of an update whose kind is drawn separately; must divide its micro-steps
     meta_start: int = 0  # updates before the first episode
     meta_weight: float = 1.0  # factor on the query loss
+    meta_decay: float = 0.0  # share of the run, from meta_start on, in which it falls to 0; 0: constant
+    episodes_from: str = "windows"  # windows of their own, or batch: positions of LM sequences, no extra pass
+    read_out: str = "mask"  # where a word is read: at its mask, or context: one position before it
+    query_lm: bool = False  # the next-token loss of the query windows counts too
     ways: int = 32  # N, words to tell apart in an episode
     shots: int = 4  # K, support windows per word
     queries: int = 1  # Q, query windows per word
@@ -71,6 +77,7 @@ class Config(ModelConfig):
     log_every: int = 10  # training metrics
     eval_every: int = 250  # validation loss
     eval_sequences: int = 64  # validation sequences of each domain
+    eval_episodes: int = 64  # episodes of held-out text at each evaluation, for vanilla runs too; 0: off
     probe_every: int = 100  # effective rank and attention entropy
     probe_gradients: bool = False  # the effective rank of the gradients too
     checkpoint_every: int = 500  # checkpoints
@@ -102,16 +109,30 @@ class Config(ModelConfig):
         config.require(self.global_batch_size % self.batch_size == 0,
                        f"global_batch_size = {self.global_batch_size} must be a multiple of "
                        f"batch_size = {self.batch_size}")
+        config.require_at_least(self, 0, "eval_episodes")
+        config.require_choice(self, "read_out", "mask", "context")
+        if self.meta_share > 0 or self.eval_episodes > 0:
+            config.require_at_least(self, 1, "shots", "queries")
+            config.require_at_least(self, 0, "inner_steps")
+            config.require_at_least(self, 2, "ways", "window")
+            config.require_positive(self, "inner_lr")
         if self.meta_share > 0:
             self.check_episodes()
 
     def check_episodes(self):
-        config.require_at_least(self, 1, "meta_blocks", "shots", "queries", "episodes", "head_layers",
-                                "head_width")
-        config.require_at_least(self, 0, "meta_start", "meta_weight", "inner_steps")
-        config.require_at_least(self, 2, "ways")
-        config.require_positive(self, "inner_lr")
+        config.require_at_least(self, 1, "meta_blocks", "episodes", "head_layers", "head_width")
+        config.require_at_least(self, 0, "meta_start", "meta_weight", "meta_decay")
         config.require_choice(self, "head_start", "zero", "random")
+        config.require_choice(self, "episodes_from", "windows", "batch")
+        if self.episodes_from == "batch":
+            config.require(self.adapt == "head", "episodes_from = batch runs the backbone once: adapt must "
+                           f"be head, got {self.adapt!r}")
+            config.require(self.read_out == "context",
+                           "episodes_from = batch reads plain text: set read_out = context")
+            config.require(not self.query_lm, "query_lm is for episodes_from = windows: with batch, every "
+                           "position has the next-token loss already")
+        config.require(not self.query_lm or self.adapt == "head",
+                       f"query_lm needs adapt = head, got {self.adapt!r}")
         config.require(2 <= self.window <= self.context,
                        f"window = {self.window} must lie in 2 to context = {self.context}")
         try:
@@ -121,6 +142,7 @@ class Config(ModelConfig):
                             f"{error}") from None
 
 
+OBJECTIVE = "the sum of the weighted losses"  # travels with the metrics, and is not logged
 MAX_SKIPPED = 10  # updates in a row that may be skipped for a gradient that is not finite
 
 
@@ -128,25 +150,41 @@ MAX_SKIPPED = 10  # updates in a row that may be skipped for a gradient that is 
 
 
 class Source(NamedTuple):
-    """Where the batches of one kind of micro-step come from."""
+    """Where the batches of one kind of micro-step come from.
 
-    batches: object  # batches[range of numbers] -> batch; a pure function of them
+    A batch is a NamedTuple of tensors with two properties: `tokens`, all that it reads, and `lm_tokens`,
+    those of which a next-token loss is taken. The kind's loss is `Learner.<kind>_loss`, its cost
+    `Learner.<kind>_flops`.
+    """
+
+    batches: object  # batches[range of numbers] -> batch, a pure function of them
     size: int  # sequences or episodes of a micro-step on each rank
-    weight: float  # factor on the loss
 
 
-def build_sources(cfg, corpus, tokenizer):
-    """{kind: Source} of every kind of micro-step in this run. A kind's loss is `Learner.<kind>_loss`."""
-    sources = {"lm": Source(data.Sequences(corpus, cfg.context, cfg.seed), cfg.batch_size, 1.0)}
-    if cfg.meta_share > 0 and cfg.meta_start < cfg.max_steps:
-        episodes = data.Episodes(corpus, tokenizer, cfg.ways, cfg.shots, cfg.queries, cfg.window, cfg.seed)
-        sources["episodes"] = Source(episodes, cfg.episodes, cfg.meta_weight)
+def build_sources(cfg, kinds, corpus, tokenizer):
+    """{kind: Source} of the kinds of micro-step that this run has."""
+    sequences = data.Sequences(corpus, cfg.context, cfg.seed)
+    sources = {"lm": Source(sequences, cfg.batch_size)}
+    episode = (cfg.ways, cfg.shots, cfg.queries)
+    if "episodes" in kinds:
+        windows = data.Episodes(corpus, tokenizer, *episode, cfg.window, cfg.seed, cfg.read_out)
+        sources["episodes"] = Source(windows, cfg.episodes)
+    if "joint" in kinds:
+        batches = data.BatchEpisodes(sequences, tokenizer, *episode, cfg.episodes, cfg.seed)
+        sources["joint"] = Source(batches, cfg.batch_size)
+    for batches, size in sources.values():
         for index in range(8):
-            episodes.episode(index)  # text with too few words fails here, not at meta_start
+            batches[range(index * size, (index + 1) * size)]  # text with too few words fails here, not later
     return sources
 
 
-def load_data(cfg, rank, world):
+def loss_weights(cfg, step):
+    """{part of a loss: its weight} in the update that follows `step` others."""
+    decay = (step - cfg.meta_start) / (cfg.meta_decay * cfg.max_steps) if cfg.meta_decay > 0 else 0.0
+    return {"lm": 1.0, "meta": cfg.meta_weight * max(0.0, 1.0 - decay)}
+
+
+def load_data(cfg, has_episodes, rank, world):
     """(train Corpus, {domain: validation Corpus}, tokenizer or None), prepared where needed and checked."""
     if machine.is_first_on_node() and cfg.data == data.EMBEDDED and not Path(cfg.data).exists():
         import prepare
@@ -162,7 +200,6 @@ def load_data(cfg, rank, world):
     if world > 1:
         dist.barrier()
     corpus, validation = data.open_corpus(cfg.data)
-    has_episodes = (block_kinds(cfg) == "episodes").any()
     try:
         tokenizer = data.load_tokenizer(cfg.data)
     except UserError:  # bins of GPT-2 tokens, offline: next-token prediction needs no tokenizer
@@ -183,16 +220,19 @@ def load_data(cfg, rank, world):
 def build_learner(cfg, dtype):
     generator = torch.Generator().manual_seed(cfg.seed)
     decoder = Decoder(cfg, generator)
+    if cfg.meta_share == 0:  # nothing adapts, so the settings of episodes are not checked either
+        return Learner(decoder, Head(cfg.d_model, 1, 0, "zero", 2), dtype=dtype)
     head = Head(cfg.d_model, cfg.head_layers, cfg.head_width, cfg.head_start, cfg.ways, generator)
-    adapt = cfg.adapt if cfg.meta_share > 0 else "head"  # else nothing adapts
-    return Learner(decoder, head, adapt, cfg.inner_steps, cfg.inner_lr, cfg.first_order, dtype)
+    return Learner(decoder, head, cfg.adapt, cfg.inner_steps, cfg.inner_lr, cfg.first_order, cfg.query_lm,
+                   dtype)
 
 
 def build_optimizers(cfg, learner):
     """A list, so that a fork may give some parameters to another optimizer."""
-    params = list(learner.parameters())
-    groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": cfg.weight_decay},
-              {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
+    params = dict(learner.named_parameters())
+    matrices = [name for name, p in params.items() if p.dim() >= 2]
+    groups = [{"params": [params[name] for name in matrices], "weight_decay": cfg.weight_decay},
+              {"params": [params[name] for name in params if name not in matrices], "weight_decay": 0.0}]
     optimizers = [torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=True)]
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["initial_lr"] = group["lr"]  # the peak rate, which lr_factor scales
@@ -207,15 +247,18 @@ def lr_factor(cfg, step):
 
 
 def optimizer_step(optimizers, factor, is_bad):
-    """A step at `factor` times each group's own rate; none where `is_bad`, a float tensor, is 1 and not 0."""
+    """Sets each group's rate to `factor` times its own, steps unless `is_bad`, and clears the gradients.
+
+    is_bad: a float tensor, 0 or 1, on the device.
+    """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
-        if getattr(optimizer, "_step_supports_amp_scaling", False):
-            # Fused optimizers look at the flag on the device: nothing waits for it. GradScaler does the same.
+        if is_bad.is_cuda and isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]:
+            # It looks at the flag on the device, as for GradScaler, so nothing waits.
             optimizer.grad_scale, optimizer.found_inf = None, is_bad
             optimizer.step()
-        elif not is_bad:  # others ignore the flag: the host has to wait for the device and look
+        elif not is_bad:  # most ignore the flag: the host waits for the device and looks
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -227,8 +270,10 @@ def compile_layers(cfg, device, learner):
     is_possible = cfg.first_order or learner.head_only
     if is_wanted and is_possible:
         learner.decoder.compile()
-        return True
-    return False
+    elif is_wanted and machine.rank_and_world()[0] == 0:
+        print("note: not compiled, since torch.compile has no second derivative, which first_order=False "
+              "needs of the layers that adapt", file=sys.stderr, flush=True)
+    return is_wanted and is_possible
 
 
 def wrap_for_ranks(learner, device, world):
@@ -273,7 +318,7 @@ def evaluate(learner, eval_batches, device, rank, world):
     totals = torch.zeros(2, len(eval_batches), device=device)  # summed loss and tokens of each domain
     for i, batch in enumerate(eval_batches.values()):
         for ids, targets in list(zip(batch.ids.split(8), batch.targets.split(8)))[rank::world]:
-            loss, _ = learner("lm", data.LMBatch(ids.to(device), targets.to(device)))
+            loss = learner("lm", data.LMBatch(ids.to(device), targets.to(device)))[0]["lm"]
             totals[:, i] += torch.stack((loss * ids.numel(), loss.new_tensor(ids.numel())))
     if world > 1:
         dist.all_reduce(totals)
@@ -282,6 +327,7 @@ def evaluate(learner, eval_batches, device, rank, world):
     return {"val/loss": sum(losses) / len(losses)} | by_domain
 
 
+@torch.no_grad()
 def sum_over_ranks(metrics, device, world):
     """{metric: [scalar of each micro-step]} -> {metric: (sum, number of micro-steps)}, over all ranks."""
     sums = [torch.as_tensor(sum(values), dtype=torch.float32, device=device) for values in metrics.values()]
@@ -309,27 +355,26 @@ def open_run_folder(cfg, tokenizer, last_step):
         logs.truncate_log(out_dir / name, last_step)
 
 
-def print_setup(cfg, device, dtype, is_compiled, schedule, corpus, validation, learner):
+def print_setup(cfg, is_compiled, schedule, corpus, validation, learner, adaptation):
     world = schedule.world
-    print(f"machine   {machine.describe(device, dtype, is_compiled)}")
     held_out = sum(split.tokens for split in validation.values())
     sizes = [sum(p.numel() for p in module.parameters()) for module in (learner.decoder, learner.head)]
     print(f"data      {cfg.data}: {corpus.tokens:,} training tokens, {held_out:,} for validation; unigram "
           f"entropy {data.unigram_entropy(corpus):.3f} nats")
-    print(f"model     {sizes[0]:,} parameters, and {sizes[1]:,} in the episode head")
+    print(f"model     {sizes[0]:,} parameters, and {sizes[1]:,} in the episode head; "
+          f"{'compiled' if is_compiled else 'eager'}")
     print(f"update    {cfg.global_batch_size} sequences x {cfg.context} tokens = "
           f"{cfg.global_batch_size * cfg.context:,}: {schedule.micro_steps} micro-steps x {cfg.batch_size} "
           f"sequences x {world} rank{'s' * (world > 1)}")
-    if (schedule.kinds == "episodes").any():
+    if (schedule.kinds != "lm").any():
         print(f"episodes  {cfg.meta_share:.0%} of micro-steps from step {cfg.meta_start} on: {cfg.ways}-way "
               f"{cfg.shots}-shot, {cfg.queries} queries a word, {cfg.inner_steps} inner steps at "
               f"{cfg.inner_lr:g}; chance {1 / cfg.ways:.3f}, ln N {math.log(cfg.ways):.3f}")
+    if adaptation is not None:
+        print(f"adapting  on held-out text at each evaluation: {adaptation.describe()}")
     if cfg.warmup_steps >= cfg.max_steps > 0:
         print(f"note      max_steps = {cfg.max_steps} ends within warmup_steps = {cfg.warmup_steps}: "
               f"lr = {cfg.lr:g} is never reached")
-    if cfg.compile and not is_compiled:
-        print("note      not compiled: torch.compile has no second derivative, which first_order=False "
-              "needs of the layers that adapt")
 
 
 def stuck_warning(cfg, progress, line):
@@ -352,33 +397,36 @@ def require_finite(cfg, progress):
                         f"{cfg.inner_lr}; checkpoints are in {cfg.out_dir}")
 
 
-def print_results(cfg, corpus, learner, tokenizer, device, val_loss, line):
-    """The last lines of a finished run; `line`: its last training metrics."""
-    loss = f"validation loss {val_loss:.3f}, where" if math.isfinite(val_loss) else "not evaluated;"
+def print_results(cfg, corpus, learner, tokenizer, device, metrics):
+    """The last lines of a finished run; `metrics`: those of its last evaluation, {} where there was none."""
+    loss = f"validation loss {metrics['val/loss']:.3f}, where" if metrics else "not evaluated;"
     print(f"done      {loss} token frequencies alone give {data.unigram_entropy(corpus):.3f}")
-    if "meta/query_acc" in line:
-        print(f"          query accuracy {line['meta/query_acc']:.3f} after adaptation, "
-              f"{line['meta/query_acc_unadapted']:.3f} before it; chance {1 / cfg.ways:.3f}")
+    if "val/query_acc" in metrics:
+        new = f", {metrics['val/new_query_acc']:.3f} on new words" if "val/new_query_acc" in metrics else ""
+        print(f"          query accuracy on held-out text {metrics['val/query_acc']:.3f}{new}; chance "
+              f"{metrics['val/query_acc_unadapted']:.3f}\n"
+              "          what the episodes bring is the difference to a run with configs/vanilla.py")
     if tokenizer is not None:
         prompt = torch.tensor([tokenizer.encode_ordinary("The function returns")], device=device)
         generator = torch.Generator(device).manual_seed(cfg.seed)
-        with torch.compiler.set_stance("force_eager"):  # each length would be compiled anew
+        with learner.decoder.eager():  # each length would be compiled anew
             ids = learner.decoder.generate(prompt, 40, 0.8, top_k=50, generator=generator)[0].tolist()
         print(f"sample    {tokenizer.decode([i for i in ids if i < tokenizer.n_vocab])!r}")
 
 
 def write_report(out_dir):
     """report.md and report.png of a finished run, and the phases of its curves on the console."""
-    import report  # and with it matplotlib
-
     try:
+        import report  # and with it matplotlib
+
         report.write([[str(out_dir)]], out_dir / "report")
-    except UserError as error:  # no validation loss in the log: eval_every = 0
-        print(f"note      no report: {error}")
+        summary = report.phase_summary(str(out_dir))
+    except Exception as error:  # the run is done, whatever is wrong with its report
+        print(f"note      no report: {type(error).__name__}: {error}")
         return
-    print(f"report    {out_dir / 'report.md'}, {out_dir / 'report.png'}; how each curve went:")
-    for text in report.phase_summary(str(out_dir)):
-        print(f"          {text}")
+    print(f"report    {out_dir / 'report.md'}, {out_dir / 'report.png'}")
+    for i, text in enumerate(summary):
+        print(f"{'curves' if i == 0 else '':<9} {text}")
 
 
 # ---- the loop ----
@@ -391,12 +439,19 @@ def main(argv):
     rank, world = machine.rank_and_world()
     schedule, out_dir = Schedule(cfg, world), Path(cfg.out_dir)
     print0 = print if rank == 0 else lambda *args, **kwargs: None
+    torch.backends.cuda.matmul.allow_tf32 = True
     machine.join_ranks(device)
-    corpus, validation, tokenizer = load_data(cfg, rank, world)
-    sources = build_sources(cfg, corpus, tokenizer)
+    if rank == 0:
+        print(f"machine   {machine.describe(device, dtype)}", flush=True)
+    kinds = set(schedule.kinds.flat)
+    corpus, validation, tokenizer = load_data(cfg, kinds != {"lm"}, rank, world)
+    sources = build_sources(cfg, kinds, corpus, tokenizer)
     eval_batches = {name: data.eval_sequences(split, cfg.context, cfg.eval_sequences)
                     for name, split in validation.items()}
     probe_ids = probes.fixed_batch(validation, cfg.d_model, cfg.context).to(device)
+    adaptation = None
+    if rank == 0 and tokenizer is not None and cfg.eval_episodes > 0:
+        adaptation = AdaptationTest(cfg, validation, tokenizer)
 
     # What is trained, and where it stands
     learner = build_learner(cfg, dtype).to(device)
@@ -413,33 +468,37 @@ def main(argv):
     model = wrap_for_ranks(learner, device, world)
     peak_flops = machine.peak_flops(device, dtype) * world
     if rank == 0:
-        print_setup(cfg, device, dtype, is_compiled, schedule, corpus, validation, learner)
+        print_setup(cfg, is_compiled, schedule, corpus, validation, learner, adaptation)
         if restored:
             finished = ": the run is finished" if progress.step >= cfg.max_steps else ""
-            print(f"resume    from {out_dir}/ckpt_{progress.step:06d}.pt{finished}", flush=True)
+            print(f"resume    from {out_dir}/ckpt_{progress.step:06d}.pt{finished}")
+        sys.stdout.flush()
 
     def due(every, step):
         return every > 0 and step != resumed_at and (step % every == 0 or step == cfg.max_steps)
 
     def log(name, line):
         if rank == 0:
-            line = {"step": progress.step, "tokens": progress.tokens} | line
+            line = logs.finite({"step": progress.step, "tokens": progress.tokens} | line)
             logs.append(out_dir / name, line)
             send(line)
 
     batches = read_ahead(schedule, sources, rank, device, progress.step * schedule.micro_steps)
-    val_loss, probe, gradient_ranks, line = math.nan, {}, {}, {}
+    validation_metrics, probe, gradient_ranks, line = {}, {}, {}, {}
     with catch_signals() as signals:
         while True:
             # Between updates: probe, evaluate, checkpoint, stop? A resumed step has done all that.
+            learner.eval()
             if rank == 0 and due(cfg.probe_every, progress.step):
-                probe = probes.measure(learner.decoder, probe_ids) | gradient_ranks
-                log("probes.jsonl", probe)
+                metrics = probes.measure(learner.decoder, probe_ids) | gradient_ranks
+                log("probes.jsonl", metrics)
+                probe = {"step": progress.step} | metrics
             if due(cfg.eval_every, progress.step):
-                losses = evaluate(learner, eval_batches, device, rank, world)
-                val_loss = losses["val/loss"]
-                log("log.jsonl", {"flops": progress.flops, "seconds": progress.seconds, **losses})
-                print0(logs.evaluation_line(progress.step, losses, probe), flush=True)
+                validation_metrics = evaluate(learner, eval_batches, device, rank, world)
+                if adaptation is not None:
+                    validation_metrics |= adaptation.measure(learner.decoder, dtype)
+                log("log.jsonl", {"flops": progress.flops, "seconds": progress.seconds, **validation_metrics})
+                print0(logs.evaluation_line(progress.step, validation_metrics, probe), flush=True)
             is_last = progress.step >= cfg.max_steps
             stop = machine.any_rank(signals)  # a signal reaches the ranks at different times: stop together
             if rank == 0 and progress.step != resumed_at:
@@ -450,20 +509,25 @@ def main(argv):
                 break
 
             # One update: forward, backward, clip, step
-            start, metrics = time.perf_counter(), {}
+            learner.train()
+            start, weights = time.perf_counter(), loss_weights(cfg, progress.step)
+            metrics = {}
             for micro in range(schedule.micro_steps):
                 kind, batch, waited = next(batches)
                 # DDP sums the gradients over ranks in the last backward pass alone.
                 no_sync = world > 1 and micro < schedule.micro_steps - 1
                 with model.no_sync() if no_sync else nullcontext():
-                    loss, new_metrics = model(kind, batch)
-                    (loss * (sources[kind].weight / schedule.micro_steps)).backward()
-                for name, value in (new_metrics | {"": loss.detach()}).items():
+                    losses, new_metrics = model(kind, batch)
+                    loss = sum(loss * (weights[part] / schedule.micro_steps) for part, loss in losses.items())
+                    loss.backward()
+                for name, value in (new_metrics | {OBJECTIVE: loss.detach()}).items():
                     metrics.setdefault(name, []).append(value)
-                progress.count(kind, batch.tokens * world, learner.flops(kind, batch) * world, waited)
+                lm_tokens = batch.lm_tokens if "lm" in losses else 0
+                progress.count(kind, batch.tokens * world, lm_tokens * world,
+                               learner.flops(kind, batch) * world, waited)
             totals = sum_over_ranks(metrics, device, world)
             grad_norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)
-            is_bad = (~(torch.isfinite(grad_norm) & torch.isfinite(totals.pop("")[0]))).float()
+            is_bad = (~(torch.isfinite(grad_norm) & torch.isfinite(totals.pop(OBJECTIVE)[0]))).float()
             if rank == 0 and cfg.probe_gradients and due(cfg.probe_every, progress.step + 1):
                 paused = time.perf_counter()  # the rest of the probe follows the update; neither is training
                 gradient_ranks = probes.gradient_ranks(learner.decoder)
@@ -490,14 +554,14 @@ def main(argv):
         if stop and not is_last:
             print(f"stopped   at step {progress.step}; the same command resumes from there")
         elif progress.step != resumed_at:
-            print_results(cfg, corpus, learner, tokenizer, device, val_loss, line)
+            print_results(cfg, corpus, learner, tokenizer, device, validation_metrics)
         print(f"files     {out_dir}: ckpt_{progress.step:06d}.pt (checkpoint), log.jsonl (losses), "
               "probes.jsonl (effective ranks, attention entropies)", flush=True)
-        if cfg.report and is_last and progress.step != resumed_at:
-            write_report(out_dir)
     finish_wandb()
     if world > 1:
         dist.destroy_process_group()
+    if rank == 0 and cfg.report and is_last and progress.step != resumed_at:
+        write_report(out_dir)
 
 
 if __name__ == "__main__":

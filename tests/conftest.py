@@ -65,3 +65,12 @@ def refuses(call, *says):
     with pytest.raises(UserError) as error:
         call()
     assert all(part in str(error.value) for part in says) and "\n" not in str(error.value), str(error.value)
+
+
+def same(a, b):
+    """Two nested states are equal, bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b

@@ -89,6 +89,10 @@ def test_a_wrong_file_is_told_in_one_line(tmp_path, text, says):
         (["--adapt=("], "adapt = '(' is neither"),
         (["--ways=1"], "ways must be at least 2, got 1"),
         (["--meta_share=2"], "meta_share must lie in [0, 1], got 2.0"),
+        (["--episodes_from=batch"], "episodes_from = batch reads plain text: set read_out = context"),
+        (["--episodes_from=batch", "--adapt=all"], "adapt must be head, got 'all'"),
+        (["--query_lm", "--adapt=all"], "query_lm needs adapt = head, got 'all'"),
+        (["--read_out=word"], "read_out must be one of mask, context, got 'word'"),
         (["--head_start=one"], "head_start must be one of zero, random"),
         (["--log_every=0"], "log_every must be at least 1, got 0"),
         (["--lr=0"], "lr must be positive"),
@@ -123,7 +127,9 @@ def test_a_value_by_rule_follows_what_it_depends_on(tmp_path):
 def test_fields_of_episodes_are_checked_where_episodes_run():
     """`configs/vanilla.py --context=64` was refused for the window of episodes that never run."""
     bad = ["--context=64", "--ways=1", "--adapt=(", "--shots=0", "--inner_lr=-1"]
-    assert load(str(CONFIGS / "11m.py"), str(CONFIGS / "vanilla.py"), *bad).context == 64
+    vanilla = [str(CONFIGS / "11m.py"), str(CONFIGS / "vanilla.py")]
+    assert load(*vanilla, "--eval_episodes=0", *bad).context == 64
+    assert load(*vanilla, "--context=64").eval_episodes == 64  # windows of 64 then
     for flag in bad:
         with pytest.raises(UserError):
             load(str(CONFIGS / "11m.py"), flag)

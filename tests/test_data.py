@@ -124,10 +124,11 @@ def test_episodes_hold_n_distinct_words_masked_in_windows_of_the_corpus_that_do_
     mask = tokenizer.encode_single_token("<|mask|>")
     corpus = np.concatenate([np.asarray(shard, np.int64) for shard in maker.corpus.shards])
     for index in range(5):
-        ids_of_words, ids = maker.episode(index)
+        ids_of_words, windows = maker.episode(index)
+        ids, targets = windows[:, :, 0], windows[:, :, 1]
         assert ids.shape == (6, 5, 16) and (ids[..., -1] == mask).all()
         words = []
-        for windows in ids:
+        for windows, following in zip(ids, targets):
             found = []
             for window in windows:  # where in the corpus: all tokens but the masked ones agree
                 starts = np.flatnonzero(
@@ -146,8 +147,9 @@ def test_episodes_hold_n_distinct_words_masked_in_windows_of_the_corpus_that_do_
             words.append(word)
             assert tokenizer.decode([word])[0] == " " and tokenizer.decode([word])[1:].isalpha()
             starts = [next(start for start, w in sorted(places) if w == word) for places in found]
-            for start, window in zip(starts, windows):
+            for start, window, target in zip(starts, windows, following):
                 original = corpus[start : start + 16]
+                assert np.array_equal(target, corpus[start + 1 : start + 17]), "the text, one position on"
                 assert np.array_equal(window == mask, original == word), (
                     "every occurrence is masked, and nothing else"
                 )
@@ -185,7 +187,7 @@ def test_a_word_in_another_case_or_without_its_space_is_masked_too_and_never_a_s
     maker = Episodes(open_corpus(tmp_path)[0], tokenizer, 40, 3, 2, 16, 0)
     contexts = np.lib.stride_tricks.sliding_window_view(maker.corpus.shards[0], 16)
     seen, several = set(), 0
-    for windows in maker.episode(0)[1]:
+    for windows in maker.episode(0)[1][:, :, 0]:
         starts = []
         for window in windows:
             place = np.flatnonzero(((contexts == window) | (window == maker.mask_id)).all(1))
@@ -217,7 +219,7 @@ def test_every_occurrence_of_the_word_is_masked(toy, tmp_path):
     write_bin(tmp_path / "train.bin", 256 + np.tile(rng.integers(0, 2000, (3000, 1, 10)), (1, 3, 1)).ravel())
     write_bin(tmp_path / "val.bin", [1, 2])
     maker = Episodes(open_corpus(tmp_path)[0], data.load_tokenizer(str(toy)), 6, 3, 2, 16, 0)
-    _, ids = maker.episode(0)
+    ids = maker.episode(0)[1][:, :, 0]
     assert ((ids == maker.mask_id).sum(-1) >= 1).all() and ((ids == maker.mask_id).sum(-1) == 2).any()
 
 
@@ -229,8 +231,9 @@ def test_episodes_are_a_pure_function_and_their_labels_mean_nothing_across_them(
     assert not np.array_equal(seventh, eighth)
     assert not np.array_equal(seventh, episodes(toy, seed=6).episode(7)[1])
     batch = a[[7, 8]]
-    assert torch.equal(batch.support[0], torch.from_numpy(seventh[:, :3]))
-    assert torch.equal(batch.query[1], torch.from_numpy(eighth[:, 3:]))
+    assert torch.equal(batch.support[0], torch.from_numpy(seventh[:, :3, 0]))
+    assert torch.equal(batch.query[1], torch.from_numpy(eighth[:, 3:, 0]))
+    assert torch.equal(batch.targets[1], torch.from_numpy(eighth[:, 3:, 1]))
     assert batch.words.shape == (2, 6) and batch.words[0].tolist() == words.tolist()
     assert batch.tokens == 2 * 6 * 5 * 16 and Sequences(a.corpus, 32, 3)[range(4)].tokens == 4 * 32
 
@@ -243,12 +246,12 @@ def test_the_order_of_the_words_is_random(tmp_path, toy):
     write_bin(tmp_path / "train.bin", tokens)
     write_bin(tmp_path / "val.bin", [1, 2])
     maker = Episodes(open_corpus(tmp_path)[0], data.load_tokenizer(str(toy)), 4, 3, 2, 16, 0)
-    maker.word[260:] = False  # only these four are words
+    maker.is_class[260:] = False  # only these four are words
     corpus = maker.corpus.shards[0]
     contexts = np.lib.stride_tricks.sliding_window_view(corpus, 15)
     orders = set()
     for index in range(4):
-        firsts = maker.episode(index)[1][:, 0, :15].astype("<u2")
+        firsts = maker.episode(index)[1][:, 0, 0, :15].astype("<u2")
         orders.add(tuple(int(corpus[np.flatnonzero((contexts == first).all(1))[0] + 15]) for first in firsts))
     assert all(sorted(order) == [256, 257, 258, 259] for order in orders) and len(orders) > 1
 
@@ -259,6 +262,58 @@ def test_too_few_words_for_the_ways_are_told_with_the_numbers(toy):
         "ways = 2000 are needed",
         "windows of 32 tokens",
     )
+
+
+def test_the_context_read_out_ends_before_the_word_in_plain_text(toy):
+    """No mask, and the word nowhere in its window: it would be copied."""
+    train, tokenizer = open_corpus(toy)[0], data.load_tokenizer(toy)
+    maker = Episodes(train, tokenizer, 6, 3, 2, 16, 5, read_out="context")
+    corpus = np.concatenate([np.asarray(shard, np.int64) for shard in train.shards])
+    contexts = np.lib.stride_tricks.sliding_window_view(corpus, 17)
+    words, windows = maker.episode(0)
+    assert windows.shape == (6, 5, 2, 16) and not (windows == maker.mask_id).any()
+    for word, of_word in zip(words, windows):
+        for ids, targets in of_word:
+            assert targets[-1] == word and word not in ids and np.array_equal(ids[1:], targets[:-1])
+            assert (contexts == np.append(ids, word)).all(1).any(), "the windows are text"
+
+
+def test_held_out_words_are_a_tenth_and_never_a_class_in_training(toy):
+    train, tokenizer = open_corpus(toy)[0], data.load_tokenizer(toy)
+    tables = data.word_tables(tokenizer)
+    assert tables.held_out[tables.word].mean() == pytest.approx(0.1, abs=0.02)
+    assert data.is_held_out("the") == data.is_held_out("the") and not all(map(data.is_held_out, "abcdefgh"))
+    for held_out in (False, True):
+        maker = Episodes(train, tokenizer, 6, 3, 2, 16, 5, held_out=held_out)
+        words = np.concatenate([maker.episode(index)[0] for index in range(5)])
+        assert (tables.held_out[words] == held_out).all()
+        assert [data.is_held_out(tokenizer.decode([word]).strip()) for word in words] == [held_out] * 30
+
+
+def test_episodes_of_a_batch_lie_before_words_of_its_own_sequences(toy):
+    """Against a plain search of the batch: which words come where, whole, and how often."""
+    sequences, tokenizer = Sequences(open_corpus(toy)[0], 256, 3), data.load_tokenizer(toy)
+    maker = data.BatchEpisodes(sequences, tokenizer, 5, 2, 1, 3, seed=4)
+    batch = maker[range(8, 16)]
+    assert torch.equal(batch.ids, sequences[range(8, 16)].ids) and batch.words.shape == (3, 5)
+    assert batch.support.shape == (3, 5, 2) and batch.query.shape == (3, 5, 1)
+    targets = batch.targets.flatten()
+    for words, support, query in zip(batch.words, batch.support, batch.query):
+        assert len(set(words.tolist())) == 5
+        for word, places in zip(words.tolist(), torch.cat((support, query), 1)):
+            text = tokenizer.decode([word])
+            assert text[0] == " " and text[1:].isalpha() and not data.is_held_out(text[1:])
+            assert len(set(places.tolist())) == 3 and (targets[places] == word).all()
+            assert (places % 256 < 255).all(), "what follows the word is known"
+            assert not any(tokenizer.decode([i])[0].isalpha() for i in targets[places + 1].tolist())
+    again = data.BatchEpisodes(sequences, tokenizer, 5, 2, 1, 3, seed=4)
+    again[range(8)]
+    assert all(torch.equal(a, b) for a, b in zip(batch, again[range(8, 16)]))
+    assert not torch.equal(batch.words, maker[range(16, 24)].words)
+    many = data.BatchEpisodes(sequences, tokenizer, 10_000, 2, 1, 1, seed=4)[range(4)]
+    assert 2 <= many.words.shape[1] < 10_000, "as many ways as there are words"
+    greedy = data.BatchEpisodes(sequences, tokenizer, 5, 50, 1, 1, 4)
+    refuses(lambda: greedy[range(1)], "come 51 times", "256 tokens")
 
 
 # ---- tokenizers ----

@@ -3,6 +3,7 @@ import base64
 import itertools
 import json
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import SHARED, TOY_VOCAB
@@ -119,6 +121,13 @@ def test_reads_every_form_of_the_published_files(tmp_path):
         (["Обамы", "20 000"], ["B-PER", "O"]),
         (["#", "a\u2028b\x85c", "d", "e", "f", "g"], ["O", "O", "O", "O", "I-LOC", "O"]),
     ]
+
+
+def test_a_dash_is_read_as_outside(tmp_path):
+    """The Norwegian treebanks have it where the fourth column holds a tag that does not count here."""
+    path = tmp_path / "a.iob2"
+    path.write_text("1\tEU-møte\t-\tB-DRV\t-\n2\ti\tO\t-\t-\n3\tHamar\tB-LOC\t-\t-\n4\tnå\t-\n")
+    assert eval_ner.read_iob2(path) == [(["EU-møte", "i", "Hamar", "nå"], ["O", "O", "B-LOC", "O"])]
 
 
 @pytest.mark.parametrize(
@@ -460,6 +469,43 @@ def test_each_seed_draws_its_shots_from_all_training_treebanks(run, treebanks, f
     assert results[0]["shots"] == results[0]["sentences"] == 30
 
 
+@pytest.mark.parametrize("mode", ["head", "full", "majority"])
+def test_a_list_of_shots_gives_what_single_runs_give(run, treebanks, mode):
+    flags = ("--train=one", "--test=one,two", f"--mode={mode}", "--epochs=2", "--seeds=2")
+    results = evaluate(run, treebanks, *flags, "--shots=8, 0,30,8")
+    described = [(result["shots"], result["seed"], result["test"]) for result in results]
+    assert described == list(itertools.product([8, 0, 30], [1, 2], ["one", "two"]))
+    for shots in (8, 0, 30):
+        results += evaluate(run, treebanks, *flags, f"--shots={shots}")[len(results):]
+    assert results[:12] == results[12:]
+
+
+def test_treebanks_to_score_and_dev_are_prepared_once(run, treebanks, monkeypatch):
+    sizes, original = [], eval_ner.Treebank
+
+    def treebank(sentences, *rest):
+        sizes.append(len(sentences))
+        return original(sentences, *rest)
+
+    monkeypatch.setattr(eval_ner, "Treebank", treebank)
+    evaluate(run, treebanks, "--train=one", "--test=two", "--epochs=1", "--shots=8,9,0", "--seeds=2")
+    assert sizes == [40, 40, 200, 8, 8, 9, 9]  # test, dev, all of train, then the draws
+
+
+def test_more_shots_of_a_seed_contain_the_fewer():
+    few, many, others = (eval_ner.draw_shots(range(99), n, seed) for n, seed in ((8, 1), (32, 1), (32, 2)))
+    assert many[:8] == few and len(set(many)) == 32 and set(many) != set(others)
+
+
+def test_few_shot_runs_say_that_dev_stays_whole(run, treebanks, capsys):
+    note = "--shots draws from train only: the epoch is chosen on all 40 dev sentences"
+    for flags, expected in ((["--shots=8"], 1), (["--shots=0,8"], 1), ([], 0), (["--mode=majority"], 0)):
+        evaluate(run, treebanks, "--train=one", "--test=two", "--epochs=1", *flags)
+        assert capsys.readouterr().out.count(note) == expected
+    evaluate(run, treebanks, "--train=one", "--test=two", "--mode=majority", "--shots=8")
+    assert "note" not in capsys.readouterr().out
+
+
 def test_label_and_bidirectional_change_what_is_read(run, treebanks, tmp_path, monkeypatch):
     for path in treebanks.iterdir():  # an x before each word makes words of several sub-tokens
         rows = [line.split("\t") for line in path.read_text().split("\n")]
@@ -489,11 +535,31 @@ def test_the_table_shows_means_and_sample_deviations():
     assert "±" not in eval_ner.table({"da_ddt": [result(0.2, 0.3, 0.1)]})
 
 
+def test_a_list_of_shots_ends_with_a_compact_table(run, treebanks, capsys):
+    flags = ("--train=one", "--test=one,two", "--mode=majority", "--seeds=3")
+    results = evaluate(run, treebanks, *flags, "--shots=8,32,0")
+    out = capsys.readouterr().out
+    assert out.index("(8 sentences)") < out.index("(32 sentences)") < out.index("by number of sentences")
+    lines = out.split("by number of sentences, mean ± standard deviation of 3 seeds\n\n")[1].splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[:4]]
+    assert rows[0] == ["test", "8", "32", "all"] and lines[4] == ""
+    for row, test in zip(rows[2:], ("one", "two"), strict=True):
+        expected = [test]
+        for shots in (8, 32, 0):
+            f1 = [100 * line["f1"] for line in results if (line["shots"], line["test"]) == (shots, test)]
+            expected.append(f"{np.mean(f1):.1f} ± {np.std(f1, ddof=1):.1f}")
+        assert row == expected
+    assert len({len(line) for line in lines[:4]}) == 1 and rows[2][1] != rows[2][2]
+
+    evaluate(run, treebanks, *flags, "--shots=8")
+    assert "by number of sentences" not in capsys.readouterr().out
+
+
 def test_scores_go_to_wandb(run, treebanks, monkeypatch):
     sent, finished = [], []
 
     def start_wandb(cfg, name, folder):
-        return sent.append, lambda: finished.append(name)
+        return sent.append, lambda: finished.append((name, cfg.shots))
 
     monkeypatch.setattr(eval_ner, "start_wandb", start_wandb)
     flags = ("--epochs=1", "--mode=head", "--seeds=2")
@@ -501,7 +567,9 @@ def test_scores_go_to_wandb(run, treebanks, monkeypatch):
     metrics = {key: value for line in sent for key, value in line.items()}
     assert metrics["ner/seed2/two/f1"] == results[1]["f1"]
     assert metrics["ner/seed1/dev_f1"] == results[0]["dev_f1"]
-    assert finished == ["run-ner-head-one"]
+    assert finished == [("run-ner-head-one", "0")]
+    evaluate(run, treebanks, "--train=one", "--test=two", "--epochs=1", "--mode=head", "--shots=8,30")
+    assert finished[1:] == [("run-ner-head-one-8shots", "8"), ("run-ner-head-one-30shots", "30")]
 
 
 def test_majority_gives_each_word_its_most_frequent_tag(run, treebanks):
@@ -551,7 +619,11 @@ def test_a_checkpoint_file_can_be_named(run, treebanks):
         (["--shots=1000"], "shots = 1000 is more than the 200 training sentences of one: lower it"),
         (["--mode=both"], "mode must be one of full, head, majority, got 'both'"),
         (["--seeds=0"], "seeds must be at least 1, got 0"),
-        (["--shots=-1"], "shots must be at least 0, got -1"),
+        (["--shots=8,1000,0"], "shots = 1000 is more than the 200 training sentences of one: lower it"),
+        (["--shots=8,x"], "shots must be numbers of sentences, comma-separated, got '8,x'"),
+        (["--shots=-1"], "shots must be numbers of sentences, comma-separated, got '-1'"),
+        (["--shots=8,,32"], "shots must be numbers of sentences, comma-separated, got '8,,32'"),
+        (["--shots="], "shots must be numbers of sentences, comma-separated, got ''"),
         (["--lr=0"], "lr must be positive, got 0.0"),
         (["--epoch=3"], "unknown key 'epoch' in the flags; did you mean 'epochs'?"),
         (["more"], "name one checkpoint or one run's folder, for instance out/demo; got 2"),
@@ -561,6 +633,33 @@ def test_bad_input_ends_with_one_clear_line(run, treebanks, flags, message):
     with pytest.raises(UserError) as error:
         evaluate(run, treebanks, "--train=one", "--test=one", *flags)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_all_leaves_out_a_file_that_cannot_be_read(run, treebanks, tmp_path, monkeypatch, capsys):
+    """Such a file ended --test=all; where it is named, or no other is left, it still does."""
+    monkeypatch.setattr(eval_ner, "SERVER", "http://127.0.0.1:1")  # nothing listens there
+    folder = tmp_path / "uner"
+    shutil.copytree(treebanks, folder)
+    unusable = {"bad": "1\tword\tB-MISC\n", "empty": "# nothing\n"}
+    for name, content in unusable.items():
+        (folder / f"{name}-ud-test.iob2").write_text(content)
+    flags = ("--train=one", "--mode=majority")
+    results = evaluate(run, folder, *flags, "--test=all")
+    assert [result["test"] for result in results] == ["one", "two"]
+    notes = [line for line in capsys.readouterr().out.splitlines() if "--test=all leaves out" in line]
+    assert len(notes) == 3  # the first: what cannot be downloaded
+    path = folder / "bad-ud-test.iob2"
+    assert notes[1].startswith(f"note      --test=all leaves out bad: {path}, line 1: expected id, word")
+    assert notes[2].startswith("note      --test=all leaves out empty: ") and "no sentences" in notes[2]
+
+    with pytest.raises(UserError, match="bad-ud-test.iob2, line 1"):
+        evaluate(run, folder, *flags, "--test=two,bad")
+    with pytest.raises(UserError, match="empty-ud-test.iob2 has no sentences to score"):
+        evaluate(run, folder, *flags, "--test=two,empty")
+    for name in ("one", "two"):
+        (folder / f"{name}-ud-test.iob2").unlink()
+    with pytest.raises(UserError, match="bad-ud-test.iob2, line 1"):
+        evaluate(run, folder, *flags, "--test=all")
 
 
 def test_an_unusable_run_is_refused_before_training(run, treebanks, toy, tmp_path):

@@ -44,7 +44,8 @@ def step(toy, device, dtype, flags=()):
     found = {}
     for kind, batches in series.items():
         batch = batches[range(2)]
-        loss, _ = learner(kind, type(batch)(*(t.to(device) for t in batch)))
+        losses, _ = learner(kind, type(batch)(*(t.to(device) for t in batch)))
+        loss = sum(losses.values())
         loss.backward()
         found[kind] = (
             loss.item(),

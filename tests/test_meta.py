@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import UserError
-from data import EpisodeBatch, LMBatch
+from data import EpisodeBatch, JointBatch, LMBatch
 from meta import Head, Learner, adapt
 from model import Decoder, ModelConfig
 
@@ -33,13 +33,15 @@ def learner(adapted="head", layers=2, start="zero", **options):
 
 def batch(E=1, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    windows = (torch.randint(0, 50, (E, N, n, T), generator=generator) for n in (K, Q))
-    return EpisodeBatch(*windows, words=torch.zeros(E, N, dtype=torch.long))
+    windows = [torch.randint(0, 50, (E, N, n, T), generator=generator) for n in (K, Q)]
+    targets = torch.randint(0, 50, (E, N, Q, T), generator=generator)
+    return EpisodeBatch(*windows, torch.zeros(E, N, dtype=torch.long), targets)
 
 
 def outer_grads(module, data):
     module.zero_grad()
-    loss, metrics = module("episodes", data)
+    losses, metrics = module("episodes", data)
+    loss = sum(losses.values())
     loss.backward()
     return (
         loss.item(),
@@ -144,7 +146,7 @@ def test_second_order_passes_gradcheck(adapted, start):
     ]
     params = [module.get_parameter(name).detach().clone().requires_grad_() for name in names]
     assert torch.autograd.gradcheck(
-        lambda *p: torch.func.functional_call(module, dict(zip(names, p)), ("episodes", data))[0],
+        lambda *p: torch.func.functional_call(module, dict(zip(names, p)), ("episodes", data))[0]["meta"],
         params,
         fast_mode=True,
     )
@@ -159,7 +161,7 @@ def test_gradients_accumulate_and_the_support_leaves_none_behind():
     (_, a, _), (_, b, _) = outer_grads(module, batch(seed=1)), outer_grads(module, batch(seed=2))
     module.zero_grad()
     for seed in (1, 2):
-        module("episodes", batch(seed=seed))[0].backward()
+        module("episodes", batch(seed=seed))[0]["meta"].backward()
     for name in a:
         assert torch.allclose(module.get_parameter(name).grad, a[name] + b[name], rtol=1e-4, atol=1e-6), name
     module.zero_grad()
@@ -171,14 +173,14 @@ def test_a_class_symmetric_start_does_not_care_for_the_order_of_the_labels():
     data, order = batch(2), torch.tensor([3, 0, 4, 1, 2])
     for start, same in (("zero", True), ("random", False)):
         module = learner(start=start)
-        other = EpisodeBatch(data.support[:, order], data.query[:, order], data.words)
-        a, b = module("episodes", data)[0], module("episodes", other)[0]
+        other = EpisodeBatch(data.support[:, order], data.query[:, order], data.words, data.targets)
+        a, b = module("episodes", data)[0]["meta"], module("episodes", other)[0]["meta"]
         assert torch.allclose(a, b, atol=1e-5) == same, start
 
 
 def test_a_class_symmetric_start_takes_any_number_of_ways():
     data = EpisodeBatch(*(windows[:, :3] for windows in batch(2)))
-    assert learner(start="zero")("episodes", data)[0].isfinite()
+    assert learner(start="zero")("episodes", data)[0]["meta"].isfinite()
     with pytest.raises(ValueError, match="has 5 outputs, the episode 3 ways"):
         learner(start="random")("episodes", data)
 
@@ -212,13 +214,12 @@ def test_bfloat16_autocast_reads_the_fast_weights():
     """One autocast region around the inner loop reads the stale bfloat16 copies of the first weights; then
     more steps change nothing.
     """
-    losses = [
-        learner("all", inner_steps=steps, inner_lr=1.0, dtype=torch.bfloat16)("episodes", batch())[0].item()
-        for steps in (0, 1, 3)
-    ]
-    exact = [
-        learner("all", inner_steps=steps, inner_lr=1.0)("episodes", batch())[0].item() for steps in (0, 1, 3)
-    ]
+
+    def loss_after(steps, dtype):
+        module = learner("all", inner_steps=steps, inner_lr=1.0, dtype=dtype)
+        return module("episodes", batch())[0]["meta"].item()
+
+    losses, exact = ([loss_after(n, dtype) for n in (0, 1, 3)] for dtype in (torch.bfloat16, torch.float32))
     assert (
         losses == pytest.approx(exact, rel=0.1)
         and min(abs(a - b) for a, b in itertools.combinations(exact, 2)) > 0.1
@@ -256,7 +257,7 @@ def counted(run):
 def test_counted_flops_equal_those_of_the_flop_counter(adapted, layers):
     module, data = learner(adapted, layers, inner_steps=4), batch(2)
     assert module.flops("episodes", data) == pytest.approx(
-        counted(lambda: module("episodes", data)[0].backward()), rel=0.02
+        counted(lambda: module("episodes", data)[0]["meta"].backward()), rel=0.02
     )
     ids = torch.randint(0, 50, (3, 16))
     assert module.flops("lm", LMBatch(ids, ids)) == pytest.approx(
@@ -280,3 +281,77 @@ def test_a_learned_inner_rate_has_a_gradient_or_says_that_it_has_none():
         assert slope.item() == pytest.approx(-2 * 0.9 * x.sum().item())
     rates = {"x": torch.tensor([0.1, 0.5])}
     assert torch.allclose(adapt(quadratic, {"x": x}, 1, rates)["x"], torch.tensor([0.9, -1.0]))
+
+
+# ---- episodes at positions of an LM batch; the LM loss of query windows ----
+
+
+def joint_batch(E=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids, targets = torch.randint(0, 50, (2, 6, 16), generator=generator)
+    places = [torch.randperm(96, generator=generator)[: N * (K + Q)] for _ in range(E)]
+    places = torch.stack(places).view(E, N, K + Q)
+    return JointBatch(ids, targets, places[:, :, :K], places[:, :, K:], torch.zeros(E, N, dtype=torch.long))
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_joint_gradients_equal_the_reference(layers, steps):
+    """LM loss + 0.3 x query loss; a copy of the backbone reads the support: nothing goes back through it."""
+    module, data = learner(layers=layers, inner_steps=steps).double(), joint_batch()
+    losses, metrics = module("joint", data)
+    (losses["lm"] + 0.3 * losses["meta"]).backward()
+    ours = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    expected = {}
+    for support, query in zip(data.support, data.query):
+        net = Net(module).double()
+        x = copy.deepcopy(net.model)(data.ids).flatten(0, 1).detach()
+        sgd = torch.optim.SGD(net.head.parameters(), lr=module.inner_lr)
+        for _ in range(steps):
+            net.zero_grad()
+            F.cross_entropy(net.head(x[support.flatten()]), torch.arange(N).repeat_interleave(K)).backward()
+            sgd.step()
+        net.zero_grad()
+        hidden = net.model(data.ids)
+        logits = hidden @ module.decoder.lm_head.weight.detach().mT
+        lm = F.cross_entropy(logits.flatten(0, 1), data.targets.flatten())
+        query_features = hidden.flatten(0, 1)[query.flatten()]
+        meta = F.cross_entropy(net.head(query_features), torch.arange(N).repeat_interleave(Q))
+        ((lm + 0.3 * meta) / len(data.support)).backward()
+        named = {f"decoder.model.{name}": p.grad for name, p in net.model.named_parameters()}
+        for i, layer in enumerate(net.head[:-1:2]):
+            named |= {f"head.layers.{i}.weight": layer.weight.grad, f"head.layers.{i}.bias": layer.bias.grad}
+        for name, grad in named.items():
+            expected[name] = expected.get(name, 0) + grad
+    scale = max(grad.abs().max() for grad in expected.values())
+    assert ours.keys() - expected.keys() == {"decoder.lm_head.weight"}
+    for name, grad in expected.items():
+        assert (ours[name] - grad).abs().max() <= 1e-6 * scale, name
+    assert metrics["train/loss"] == losses["lm"] and metrics["meta/ways"] == N
+
+
+def test_the_lm_loss_of_query_windows_adds_to_what_the_episodes_give():
+    """The query loss and its gradient as without it, plus those of a plain LM loss on the query windows."""
+    with_lm, plain, data = learner(query_lm=True).double(), learner().double(), batch(2)
+    losses, metrics = with_lm("episodes", data)
+    assert losses["meta"].item() == pytest.approx(plain("episodes", data)[0]["meta"].item(), abs=1e-9)
+    ids, targets = data.query.flatten(0, 2), data.targets.flatten(0, 2)
+    lm = F.cross_entropy(plain.decoder(ids).flatten(0, 1), targets.flatten())
+    assert losses["lm"].item() == pytest.approx(lm.item(), abs=1e-9) == metrics["train/query_lm_loss"].item()
+    _, ours, _ = outer_grads(with_lm, data)
+    plain.zero_grad()
+    lm = F.cross_entropy(plain.decoder(ids).flatten(0, 1), targets.flatten())
+    (plain("episodes", data)[0]["meta"] + lm).backward()
+    for name, p in plain.named_parameters():
+        assert torch.allclose(ours[name], p.grad, atol=1e-9), name
+
+
+def test_counted_flops_of_the_variants_equal_those_of_the_flop_counter():
+    module, data = learner(inner_steps=4), joint_batch()
+    more = counted(lambda: sum(module("joint", data)[0].values()).backward())
+    more -= counted(lambda: module("lm", data)[0]["lm"].backward())
+    assert module.flops("joint", data) - module.flops("lm", data) == pytest.approx(more, rel=0.02)
+    module, data = learner(inner_steps=4, query_lm=True), batch(2)
+    assert module.flops("episodes", data) == pytest.approx(
+        counted(lambda: sum(module("episodes", data)[0].values()).backward()), rel=0.03
+    )

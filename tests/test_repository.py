@@ -38,7 +38,7 @@ def test_imports_form_no_circle():
 @pytest.mark.parametrize("name", MODULES)
 def test_a_module_says_what_it_is_and_how_to_run_or_call_it(name):
     """A docstring with an indented example; a script hands its main to config.run, and does nothing else."""
-    doc = ast.get_docstring(MODULES[name])
+    doc = ast.get_docstring(MODULES[name], clean=False)
     assert doc and re.search(r"^    \S", doc, re.M), "what it is, and a command or a call"
     last = MODULES[name].body[-1]
     if isinstance(last, ast.If):
@@ -51,6 +51,12 @@ def test_the_readme_is_short_and_names_every_file():
     assert len(text.splitlines()) <= 200
     for name in MODULES:
         assert f"`{name}.py`" in text, name
+    for lines, name in re.findall(r"(\d+) lines\]\(recipes/([\w-]+)\.patch\)", text):
+        patch = (ROOT / "recipes" / f"{name}.patch").read_text()
+        assert int(lines) == len(re.findall(r"^\+(?!\+\+)", patch, re.M)), name
+    code = (ROOT / "meta.py").read_text()
+    for block in re.findall(r"```python\n(.*?)```", text, re.S):
+        assert all(line.strip() in code for line in block.splitlines()), "as in meta.py"
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
