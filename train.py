@@ -220,11 +220,12 @@ def load_data(cfg, has_episodes, rank, world):
 def build_learner(cfg, dtype):
     generator = torch.Generator().manual_seed(cfg.seed)
     decoder = Decoder(cfg, generator)
-    if cfg.meta_share == 0:  # nothing adapts, so the settings of episodes are not checked either
-        return Learner(decoder, Head(cfg.d_model, 1, 0, "zero", 2), dtype=dtype)
-    head = Head(cfg.d_model, cfg.head_layers, cfg.head_width, cfg.head_start, cfg.ways, generator)
-    return Learner(decoder, head, cfg.adapt, cfg.inner_steps, cfg.inner_lr, cfg.first_order, cfg.query_lm,
-                   dtype)
+    if cfg.meta_share > 0:
+        head = Head(cfg.d_model, cfg.head_layers, cfg.head_width, cfg.head_start, cfg.ways, generator)
+        adapt = cfg.adapt
+    else:  # nothing adapts, and the settings of episodes are not checked
+        head, adapt = Head(cfg.d_model, 1, 0, "zero", 2), "head"
+    return Learner(decoder, head, adapt, cfg.inner_steps, cfg.inner_lr, cfg.first_order, cfg.query_lm, dtype)
 
 
 def build_optimizers(cfg, learner):
@@ -474,8 +475,8 @@ def main(argv):
             print(f"resume    from {out_dir}/ckpt_{progress.step:06d}.pt{finished}")
         sys.stdout.flush()
 
-    def due(every, step):
-        return every > 0 and step != resumed_at and (step % every == 0 or step == cfg.max_steps)
+    def due(interval, step):
+        return interval > 0 and step != resumed_at and (step % interval == 0 or step == cfg.max_steps)
 
     def log(name, line):
         if rank == 0:

@@ -3,13 +3,16 @@
 import base64
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import config
 import prepare
+import train
 from config import UserError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -74,3 +77,8 @@ def same(a, b):
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def toy_config(**changes):
+    """The settings of a run on the toy corpus."""
+    return replace(config.load(train.Config, TOY), **changes)

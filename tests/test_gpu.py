@@ -131,6 +131,22 @@ def test_the_logits_are_never_whole_in_float32():
     assert bench.peak_memory(ids.device, step) < 4 * ids.numel() * 50304 / 2
 
 
+def test_a_bad_update_is_left_out_without_waiting():
+    """Fused AdamW reads the flag on the device; it must leave parameters and state as they are."""
+    p = torch.nn.Parameter(torch.randn(4, 3, device="cuda"))
+    optimizer = torch.optim.AdamW([p], lr=0.1, fused=True)
+    optimizer.param_groups[0]["initial_lr"] = 0.1
+    for grad, is_bad in ((1.0, 0.0), (float("nan"), 1.0)):
+        before = p.detach().clone()
+        p.grad = torch.full_like(p, grad)
+        with torch.cuda.device(0):
+            torch.cuda.set_sync_debug_mode("error" if is_bad else "default")
+            train.optimizer_step([optimizer], 1.0, torch.full((), is_bad, device="cuda"))
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(p, before) == bool(is_bad)
+    assert optimizer.state[p]["step"].item() == 1
+
+
 def test_bench(capsys):
     flags = [flag for flag in TOY if "device" not in flag and "vocab" not in flag]
     bench.main([*flags, "--vocab_size=3264", "--rounds=1", "--dtype=bfloat16", "--json"])

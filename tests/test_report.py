@@ -624,8 +624,8 @@ def test_losses_are_compared_where_both_runs_are(tmp_path):
 
 def test_the_mixed_curve_and_its_false_speedup(tmp_path):
     """Half the micro-steps are episodes of loss 2.5: the mean is lower, and vanilla training seems slow."""
-    hybrid, vanilla = write_run(tmp_path / "hybrid", episodes=True), write_run(tmp_path / "vanilla", last=4000)
-    groups = read([hybrid], [vanilla])
+    hybrid = write_run(tmp_path / "hybrid", episodes=True)
+    groups = read([hybrid], [write_run(tmp_path / "vanilla", last=4000)])
     for line in groups[1][0]["log"]:
         line |= {"lr": 1e-3, "train/loss": line["val/loss"]}
     steps, losses = report.training_curve(groups[0][0], mixed=True, width=1)
@@ -635,7 +635,7 @@ def test_the_mixed_curve_and_its_false_speedup(tmp_path):
     assert np.array_equal(*(report.training_curve(groups[1][0], mixed)[1] for mixed in (False, True)))
     text = report.tables(groups, ["hybrid", "vanilla"], mixed=True)
     level = report.training_curve(groups[0][0], True)[1][-1]
-    # Where vanilla's loss is there, in closed form; a mean over the last five lines is there 20 updates later.
+    # Where vanilla is there, in closed form; the mean of the last five lines is there 20 updates later.
     times = (((level / 8) ** (-1 / 0.3) - 1) * 10 + 20) / 400
     shown = float(re.search(r"after ([\d.]+) times the updates", text)[1])
     assert shown == pytest.approx(times, abs=0.006) and times > 1.1

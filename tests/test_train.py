@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TOY, TOY_VOCAB, same, write_bin
+from conftest import TOY, TOY_VOCAB, same, toy_config, write_bin
 
 import checkpoint
 import config
@@ -75,68 +75,13 @@ def whole(toy, tmp_path_factory):
     return *run(toy, out_dir), out_dir
 
 
-# ---- the mix ----
-
-
-def toy_config(**changes):
-    return replace(config.load(Config, TOY), **changes)
-
-
-@pytest.mark.parametrize("world", [2, 4])
-def test_an_update_is_made_of_the_same_batches_for_any_number_of_ranks(world):
-    cfg = toy_config(global_batch_size=32, meta_blocks=2, episodes=2, max_steps=50)
-
-    def read_in(step, world):
-        """{(kind, number)} of the sequences and episodes of an update."""
-        plan, read = Schedule(cfg, world), []
-        for micro in range(step * plan.micro_steps, (step + 1) * plan.micro_steps):
-            parts = [plan.micro_step(micro, rank, {"lm": 4, "episodes": 2}) for rank in range(world)]
-            assert len({kind for kind, _ in parts}) == 1, "all ranks do the same kind"
-            read += [(kind, n) for kind, numbers in parts for n in numbers]
-        assert len(set(read)) == len(read), "ranks never share a batch"
-        return set(read)
-
-    for step, kinds in enumerate(block_kinds(cfg)):
-        assert read_in(step, 1) == read_in(step, world)
-        assert len(read_in(step, 1)) == sum(2 * 4 if kind == "episodes" else 32 // 2 for kind in kinds)
-
-
-def test_a_hybrid_run_sees_the_sequences_of_a_vanilla_one_in_the_same_order():
-    def order(cfg):
-        """{kind: its numbers in the order in which they are read}."""
-        plan, read = Schedule(cfg, 1), {"lm": [], "episodes": []}
-        assert len(plan) == 30 * 4
-        for micro in range(len(plan)):
-            kind, numbers = plan.micro_step(micro, 0, {"lm": 4, "episodes": 1})
-            read[kind] += numbers
-        return read
-
-    hybrid, vanilla = order(toy_config(max_steps=30)), order(toy_config(max_steps=30, meta_share=0.0))
-    assert hybrid["lm"] == list(range(len(hybrid["lm"]))) and vanilla["lm"] == list(range(30 * 16))
-    assert hybrid["episodes"] == list(range(len(hybrid["episodes"]))) and vanilla["episodes"] == []
-    assert len(hybrid["lm"]) + 4 * len(hybrid["episodes"]) == 30 * 16
-
-
-def test_the_kinds_follow_share_and_start_and_do_not_depend_on_max_steps():
-    kinds = block_kinds(toy_config(max_steps=4000, meta_share=0.3, meta_start=100))
-    assert (kinds[:100] == "lm").all()
-    assert (kinds[100:] == "episodes").mean() == pytest.approx(0.3, abs=0.02)
-    assert np.array_equal(block_kinds(toy_config(max_steps=200, meta_share=0.3, meta_start=100)), kinds[:200])
+# ---- the learning rate ----
 
 
 def test_learning_rate_warms_up_and_decays_linearly():
     cfg = toy_config(max_steps=6000, warmup_steps=2500, lr=3e-4)
     factors = [train.lr_factor(cfg, step) for step in (0, 1249, 2499, 2500, 4250, 5999)]
     assert factors == pytest.approx([1 / 2500, 0.5, 1, 1, 0.5, 1 / 3500])
-
-
-def test_batches_that_do_not_divide_are_told_with_the_numbers():
-    with pytest.raises(
-        UserError, match=r"global_batch_size = 16 must be a multiple of batch_size x ranks = 4 x 3"
-    ):
-        Schedule(toy_config(), 3)
-    with pytest.raises(UserError, match=r"2 micro-steps .* must be a multiple of meta_blocks = 4"):
-        Schedule(toy_config(meta_blocks=4), 2)
 
 
 # ---- what a run writes ----
@@ -391,6 +336,9 @@ def test_a_signal_finishes_the_step_writes_a_checkpoint_and_exits_with_0(toy, tm
 
 # ---- ranks ----
 
+# Episodes from the LM batch: one large enough that words repeat in it.
+JOINT = ["--episodes_from=batch", "--read_out=context", "--ways=3", "--shots=1", "--queries=1",
+         "--batch_size=8", "--global_batch_size=32", "--context=64"]
 WORKER = """
 import sys; sys.path.insert(0, {root!r})
 import functools, os, torch, train
@@ -414,8 +362,10 @@ torch.save(made.state_dict(), {out!r} + os.environ["RANK"] + ".pt")
         ["--adapt=all", "--inner_lr=0.1"],
         ["--meta_share=0", "--head_layers=2"],
         ["--compile=True"],
+        JOINT,
+        ["--read_out=context", "--query_lm", "--meta_decay=0.8"],
     ],
-    ids=["linear", "mlp", "all", "vanilla", "compiled"],
+    ids=["linear", "mlp", "all", "vanilla", "compiled", "joint", "query LM"],
 )
 def test_two_ranks_are_bit_identical_and_equal_one_process_with_twice_the_micro_steps(toy, tmp_path, flags):
     """Twenty updates of LM, episodes and both; a head of several layers goes without gradient in some of
@@ -441,6 +391,49 @@ def test_two_ranks_are_bit_identical_and_equal_one_process_with_twice_the_micro_
         assert x.keys() == y.keys() and all(
             x[key] == pytest.approx(y[key], rel=1e-3, abs=1e-3) for key in x if "acc" not in key
         )
+
+
+# ---- variants of the episodes ----
+
+
+def test_a_joint_run_logs_both_losses_and_resumes(toy, tmp_path):
+    """Its LM tokens are all it reads; ten updates equal five, a resume and five."""
+    straight, lines = run(toy, tmp_path, *JOINT, "--meta_weight=0.1")
+    training = [line for line in lines if "lr" in line]
+    assert training[-1]["tokens"] == 10 * 32 * 64 and all("train/loss" in line for line in training)
+    assert {2.0, 3.0} >= {line["meta/ways"] for line in training if line.get("share/joint") == 1.0}
+    (tmp_path / "ckpt_000010.pt").unlink()
+    again, more = run(toy, tmp_path, *JOINT, "--meta_weight=0.1")
+    assert more == lines
+    assert all(same(again[key], straight[key]) for key in ("model", "learner", "optimizers"))
+
+
+def test_the_tokens_of_query_windows_count_as_lm_tokens_with_query_lm(toy, tmp_path):
+    flags = ["--read_out=context", "--max_steps=4", "--eval_every=0", "--probe_every=0"]
+    plain, lines = run(toy, tmp_path / "plain", *flags)
+    with_lm, others = run(toy, tmp_path / "lm", *flags, "--query_lm")
+    episodes = (block_kinds(toy_config(max_steps=4)) == "episodes").sum() * 2  # micro-steps
+    assert others[-1]["tokens"] - lines[-1]["tokens"] == episodes * 4 * 2 * 8  # ways, queries, window
+    assert "train/query_lm_loss" in set().union(*others) and not same(plain["model"], with_lm["model"])
+
+
+def test_the_weight_of_the_episodes_decays_to_zero():
+    cfg = toy_config(max_steps=200, meta_start=50, meta_weight=0.5, meta_decay=0.25)
+    weights = [train.loss_weights(cfg, step)["meta"] for step in (50, 75, 100, 150)]
+    assert weights == [0.5, 0.25, 0.0, 0.0]
+    assert train.loss_weights(toy_config(meta_weight=0.3), 9) == {"lm": 1.0, "meta": 0.3}
+
+
+def test_every_run_measures_adaptation_on_held_out_text(toy, tmp_path):
+    """Vanilla runs too, at every evaluation; it changes nothing else."""
+    state, lines = run(toy, tmp_path / "a", "--meta_share=0")
+    measured = [line for line in lines if "val/loss" in line]
+    assert len(measured) == 3 and all(
+        {"val/query_acc", "val/query_loss", "val/query_acc_unadapted", "val/new_query_acc"} <= line.keys()
+        for line in measured
+    )
+    bare, others = run(toy, tmp_path / "b", "--meta_share=0", "--eval_episodes=0")
+    assert same(state["model"], bare["model"]) and not any("query" in key for key in set().union(*others))
 
 
 # ---- trouble ----
@@ -574,6 +567,23 @@ def test_a_checkpoint_with_other_parameters_is_refused_in_one_line(toy, tmp_path
         run(toy, tmp_path, "--max_steps=5")
     assert "\n" not in str(error.value)
     monkeypatch.undo()
+    adamw = train.build_optimizers
+
+    def with_other_betas(cfg, learner):
+        [optimizer] = adamw(cfg, learner)
+        optimizer.param_groups[0]["betas"] = (0.8, 0.9)
+        return [optimizer]
+
+    def sgd(cfg, learner):
+        optimizer = torch.optim.SGD(learner.parameters(), lr=cfg.lr, momentum=0.9)
+        optimizer.param_groups[0]["initial_lr"] = cfg.lr
+        return [optimizer]
+
+    for other in (with_other_betas, sgd):  # AdamW with other betas went on with the saved ones
+        monkeypatch.setattr(train, "build_optimizers", other)
+        with pytest.raises(UserError, match="holds a run with other optimizers"):
+            run(toy, tmp_path, "--max_steps=5")
+    monkeypatch.undo()
     rewrite(tmp_path / "ckpt_000005.pt", lambda state: state.pop("learner"))
     with pytest.raises(UserError, match="of an older version, whose checkpoints can be evaluated but not"):
         run(toy, tmp_path, "--max_steps=5")
@@ -585,12 +595,13 @@ def test_a_checkpoint_with_other_parameters_is_refused_in_one_line(toy, tmp_path
         lambda params: torch.optim.AdamW(params, lr=0.1, fused=True),
         lambda params: torch.optim.AdamW(params, lr=0.1, fused=False),
         lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
+        lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, fused=True),
         lambda params: torch.optim.Muon(params, lr=0.1),
     ],
-    ids=["fused AdamW", "AdamW", "SGD", "Muon"],
+    ids=["fused AdamW", "AdamW", "SGD", "fused SGD", "Muon"],
 )
 def test_a_bad_update_is_left_out_whatever_the_optimizer(make):
-    """found_inf, which few optimizers honour, was set for all: Muon would have applied the update."""
+    """found_inf was set for all: Muon would have applied the update, fused SGD corrupted its momentum."""
     p = torch.nn.Parameter(torch.randn(4, 3))
     optimizer = make([p])
     optimizer.param_groups[0]["initial_lr"] = 0.1
