@@ -306,11 +306,12 @@ class Episodes:
 
     For each of N random words there are K support and Q query windows of text, and no two windows of a
     word share a position. The label is the word's place in a random order, so it means nothing in the
-    next episode. A decoder sees the left context only, so a window ends where the word is read: read_out
-    "mask": at <|mask|> in the word's place. Its other occurrences in the window become <|mask|> too, also
-    in another case or without the space; a window that still spells it out, in several tokens, is not
-    used. read_out "context": at the position before the word. The window is plain text that nowhere holds
-    the word. held_out: the classes are words that are kept for evaluation; else all others.
+    next episode. A decoder sees the left context only, so a window ends where the word is read.
+
+    read_out "mask": at <|mask|> in the word's place. Its other occurrences in the window become <|mask|>
+    too, also in another case or without the space; a window that still spells it out, in several tokens,
+    is not used. "context": at the position before the word; the window is plain text without the word.
+    held_out: the classes are words that are kept for evaluation; else all others.
     """
 
     def __init__(self, corpus, tokenizer, ways, shots, queries, window, seed, read_out="mask",
