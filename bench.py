@@ -42,6 +42,7 @@ class Config(train.Config):
     def __post_init__(self):
         super().__post_init__()
         self.check_episodes()  # they are measured in a vanilla config too
+        config.require(self.episodes_from == "windows", "bench.py measures episodes_from = windows alone")
         config.require_at_least(self, 1, "rounds")
         config.require_choice(self, "against", "", "naive", "transformers")
 

@@ -85,7 +85,7 @@ def save_tokenizer(tokenizer, folder):
 
 def is_held_out(spelling):
     """Whether a word is never a class in training: a tenth of all, by a hash of the lower-case spelling."""
-    return zlib.crc32(spelling.encode()) % 10 == 0
+    return zlib.crc32(spelling.lower().encode()) % 10 == 0
 
 
 class WordTables(NamedTuple):
@@ -237,8 +237,8 @@ class EpisodeBatch(NamedTuple):
 class JointBatch(NamedTuple):
     """An LMBatch, and E episodes at its own positions: support (E, N ways, K shots), query (E, N ways, Q).
 
-    These are indices into the flat (B * T,) positions, each before a word of the class. words (E, N): its
-    token id.
+    These are indices into the flat (B * T,) positions, each before a word of the class. words (E, N): the
+    token id of one of its spellings. Without an episode, N is 0.
     """
 
     ids: torch.Tensor
@@ -425,9 +425,10 @@ class Episodes:
 class BatchEpisodes:
     """Episodes at no extra pass: LM batches, with episodes at positions of theirs where a word comes next.
 
-    A batch with fewer than N words that come K + Q times gives episodes of fewer ways; one with less than
-    two ends the run. Words of any frequency up to four times the needed one qualify, since a batch is
-    short.
+    Only the first place of a word in a sequence counts, so none is copied from its own context, and
+    support and query lie in different sequences. An episode has as many ways as there are words in K + Q
+    sequences, up to N; a batch with less than two has none. Words are common ones, since a batch is
+    short: in up to 4 (K + Q) sequences.
     """
 
     def __init__(self, sequences, tokenizer, ways, shots, queries, episodes, seed):
@@ -437,25 +438,25 @@ class BatchEpisodes:
     def __getitem__(self, indices):
         """JointBatch of the sequences with these numbers; the episodes follow from the first of them."""
         batch, rng = self.sequences[indices], np.random.default_rng([self.seed, 3, int(indices[0])])
-        targets = batch.targets.numpy()
+        groups, needed = self.places(batch.targets.numpy()), self.shots + self.queries
+        groups = [places for places in groups if needed <= len(places) <= 4 * needed]
+        ways = min(self.ways, len(groups)) if len(groups) >= 2 else 0
+        chosen = [[rng.permutation(groups[i])[:needed] for i in rng.permutation(len(groups))[:ways]]
+                  for _ in range(self.episodes)]
+        places = torch.from_numpy(np.array(chosen, np.int64).reshape(self.episodes, ways, needed))
+        words = batch.targets.flatten()[places[:, :, 0]]
+        return JointBatch(*batch, *places.split([self.shots, self.queries], dim=2), words)
+
+    def places(self, targets):
+        """[flat positions before the first place of a word in each sequence] of each word, targets (B, T)."""
         whole = self.tables.word[targets] & ~self.tables.held_out[targets]
         whole[:, :-1] &= ~self.tables.continues[targets[:, 1:]]
         whole[:, -1] = False  # the token after it is unknown
-        at = np.flatnonzero(whole)
-        spelling = self.tables.spelling[targets.ravel()[at]]
-        order = np.argsort(spelling, kind="stable")
-        _, first, occurrences = np.unique(spelling[order], return_index=True, return_counts=True)
-        groups = [at[order[start:start + count]] for start, count in zip(first, occurrences)]
-        needed = self.shots + self.queries
-        most = max(4 * needed, MAX_SHARE * targets.size)
-        groups = [places for places in groups if needed <= len(places) <= most]
-        ways = min(self.ways, len(groups))
-        if ways < 2:
-            raise UserError(f"episodes_from = batch: {ways} words come {needed} times (shots + queries) in "
-                            f"the {targets.size:,} tokens of a micro-step, 2 are needed; lower shots or "
-                            "queries, or raise batch_size")
-        places = np.array([[rng.permutation(groups[i])[:needed] for i in rng.permutation(len(groups))[:ways]]
-                           for _ in range(self.episodes)])  # (E, N, K + Q)
-        words = targets.ravel()[places[:, :, 0]]
-        support, query = (torch.from_numpy(part.copy()) for part in np.split(places, [self.shots], axis=2))
-        return JointBatch(*batch, support, query, torch.from_numpy(words))
+        spelling = np.where(self.tables.word[targets], self.tables.spelling[targets], -1)
+        firsts = np.zeros_like(whole)
+        for row, of_row in enumerate(self.tables.spelling[targets]):  # any spelling, whole or not
+            firsts[row, np.unique(of_row, return_index=True)[1]] = True
+        at = np.flatnonzero(whole & firsts)
+        order = np.argsort(spelling.ravel()[at], kind="stable")
+        _, starts = np.unique(spelling.ravel()[at][order], return_index=True)
+        return np.split(at[order], starts[1:])

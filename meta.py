@@ -10,6 +10,7 @@ With parameters p, inner rate a, support loss S and query loss Q of an episode:
 
 Shapes: E episodes, N ways, K shots, Q queries, T positions, D model width.
 """
+import math
 import re
 from contextlib import nullcontext
 
@@ -55,6 +56,9 @@ def straight_through(params, fast):
     return {name: p + (fast[name] - p).detach() for name, p in params.items()}
 
 
+QUERY_METRICS = ("meta/query_loss", "meta/query_acc", "meta/query_acc_unadapted", "meta/support_acc")
+
+
 def labels(ways, x):
     """(E, n) labels of x (E, n, ...), whose rows come class by class."""
     labels_of_one = torch.arange(ways, device=x.device).repeat_interleave(x.shape[1] // ways)
@@ -67,8 +71,8 @@ def query_loss(query, support, unadapted):
         return (logits.argmax(-1) == labels(logits.shape[2], logits)).float().mean()
 
     loss = F.cross_entropy(query.flatten(0, 1), labels(query.shape[2], query).flatten())
-    return loss, {"meta/query_loss": loss.detach(), "meta/query_acc": accuracy(query),
-                  "meta/query_acc_unadapted": accuracy(unadapted), "meta/support_acc": accuracy(support)}
+    values = loss.detach(), accuracy(query), accuracy(unadapted), accuracy(support)
+    return loss, dict(zip(QUERY_METRICS, values))
 
 
 class Head(nn.Module):
@@ -281,11 +285,13 @@ class Learner(nn.Module):
         with self.autocast():
             hidden = self.decoder.hidden(batch.ids)  # (B, T, D)
             lm_loss = self.decoder.loss(hidden, batch.targets)
-        x = hidden.flatten(0, 1)  # (B * T, D)
-        support, query = batch.support.flatten(1), batch.query.flatten(1)  # (E, N * K or N * Q)
-        ways = batch.words.shape[1]
-        meta_loss, metrics = query_loss(*self.adapt_heads(x.detach()[support], x[query], ways))
-        metrics |= {"train/loss": lm_loss.detach(), "meta/ways": ways}
+        x, ways = hidden.flatten(0, 1), batch.words.shape[1]  # (B * T, D)
+        if ways == 0:  # too few words repeat; nan is not averaged in
+            meta_loss, metrics = 0.0 * lm_loss, dict.fromkeys(QUERY_METRICS, math.nan)
+        else:
+            support, query = batch.support.flatten(1), batch.query.flatten(1)  # (E, N * K or N * Q)
+            meta_loss, metrics = query_loss(*self.adapt_heads(x.detach()[support], x[query], ways))
+        metrics |= {"train/loss": lm_loss.detach(), "meta/ways": ways or math.nan}
         return {"lm": lm_loss, "meta": meta_loss}, metrics
 
     def joint_flops(self, batch):

@@ -118,7 +118,7 @@ def resume(cfg, corpus, learner, optimizers):
     if differences:
         raise UserError(f"{cfg.out_dir} holds a run with another config ({'; '.join(differences)}): take its "
                         "values, or another --out_dir")
-    if "learner" not in state:
+    if not {"learner", "optimizer_options"} <= state.keys():
         raise UserError(f"{cfg.out_dir} holds a run of an older version, whose checkpoints can be "
                         "evaluated but not resumed: take another --out_dir")
     if state["corpus_tokens"] != corpus.tokens:

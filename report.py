@@ -25,13 +25,13 @@ import config
 from config import UserError, require
 
 AXES = {"step": "updates", "tokens": "LM tokens", "flops": "FLOPs", "seconds": "seconds of training"}
-ADAPTATION = {  # metric of held-out text: what it is the accuracy of
-    "val/mask_query_acc": "query accuracy on held-out text, at the mask",
-    "val/context_query_acc": "query accuracy on held-out text, before the word",
-    "val/mask_new_query_acc": "the same of held-out words, at the mask",
-    "val/context_new_query_acc": "the same of held-out words, before the word",
-}
-DASHES = {"val/mask_query_acc": "-", "val/context_query_acc": "--"}  # of those in the figure
+# Where a word is read in the few-shot episodes on held-out text, and how its line is drawn. A causal language
+# model predicts the word at the position before it; only runs with episodes have trained the mask.
+READ_OUTS = {"context": ("before the word", "-"), "mask": ("at the mask", "--")}
+WORDS = {"": "held-out text", "new_": "held-out words"}
+# Runs that agree in these were measured by the same episodes.
+INSTRUMENT = ("eval_episodes", "eval_ways", "eval_shots", "eval_queries", "eval_window", "inner_steps",
+              "inner_lr")
 LABELS = {  # of the curves that train.py writes, in the order in which they are shown
     "rank/resid": "effective rank, residual stream",
     "entropy": "attention entropy",
@@ -85,17 +85,18 @@ def read_jsonl(path, *keys):
 
 
 def read_run(folder):
-    """{"path", "seed" (None if unknown), "log", "probes", "ner"} of a run's folder."""
+    """{"path", "seed" (None if unknown), "config", "log", "probes", "ner"} of a run's folder."""
     folder = Path(folder)
     log = read_jsonl(folder / "log.jsonl", "step")
     require(any("val/loss" in line for line in log),
             f"{folder} holds no run with a validation loss in log.jsonl: "
             "name a folder that train.py wrote to")
     try:
-        seed = json.loads((folder / "config.json").read_text())["seed"]
-    except (OSError, ValueError, KeyError, TypeError):
-        seed = None
-    return {"path": folder, "seed": seed, "log": log, "probes": read_jsonl(folder / "probes.jsonl", "step"),
+        settings = dict(json.loads((folder / "config.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        settings = {}
+    return {"path": folder, "seed": settings.get("seed"), "config": settings, "log": log,
+            "probes": read_jsonl(folder / "probes.jsonl", "step"),
             "ner": read_jsonl(folder / "ner.jsonl", "mode", "train", "test", "seed", "step", "f1")}
 
 
@@ -447,48 +448,68 @@ def comparison(names, rows):
 # ---- sections: section(groups, names) -> paragraphs of Markdown, [] if the runs have nothing for it ----
 
 
-def judged(delta, p, form, lower_is_better=False):
-    """A difference in words: better, worse, or nothing where a test does not tell it from 0."""
-    if not math.isnan(p) and p >= 0.05 or delta == 0:
-        return f"nothing ({format(delta, '+' + form)}" + ("" if math.isnan(p) else f", p = {p:.2g}") + ")"
+def judged(groups, values, form, lower_is_better=False):
+    """The difference of two groups' values in words: better, worse, or nothing that a t-test tells from 0."""
+    delta, _, p = difference(*values, in_pairs(groups))
+    if math.isnan(p):
+        return f"{format(delta, '+' + form)} (one run in a group: no test)"
+    if p >= 0.05:
+        return f"nothing that a test shows ({format(delta, '+' + form)}, p = {p:.2g})"
     word = "better" if (delta < 0) == lower_is_better else "worse"
-    test = "one run each, untested" if math.isnan(p) else f"p = {p:.2g}"
-    return f"{word} by {format(abs(delta), form)} ({test})"
+    return f"{word} by {format(abs(delta), form)} (p = {p:.2g})"
 
 
 def losses_at_equal(groups, axis):
-    """[[validation loss of each run, at the largest value of the axis that all runs reach] for each group]"""
+    """At the largest value of an axis that all runs reach: (losses, shares).
+
+    losses: [[validation loss of each run] for each group]. shares: of its training that each group has done
+    by then, nan where unknown.
+    """
     curves = [[curve(run, "val/loss") for run in runs] for runs in groups]
-    shared = min(c[axis][-1] for of_group in curves for c in of_group)
-    return [[float(np.interp(shared, c[axis], c["val/loss"])) for c in of_group] for of_group in curves]
+    most = min(c[axis][-1] for of_group in curves for c in of_group)
+    losses = [[float(np.interp(most, c[axis], c["val/loss"])) for c in of_group] for of_group in curves]
+    shares = [np.mean([np.interp(most, c[axis], c["step"]) / run["config"].get("max_steps", math.nan)
+                       for run, c in zip(runs, of_group)]) for runs, of_group in zip(groups, curves)]
+    return losses, shares
 
 
 def answer(groups, names):
     """What did meta-learning buy, if the first group has it and the second has not?"""
     if len(groups) != 2:
         return []
-    paired, items = in_pairs(groups), []
     losses = []
     for axis in shared_axes(groups):
-        delta, _, p = difference(*losses_at_equal(groups, axis), paired)
-        losses.append(f"{judged(delta, p, '.3f', lower_is_better=True)} at equal {AXES[axis]}")
-    items.append(f"Validation loss, nats: {'; '.join(losses)}.")
-    for kind, words in (("", "held-out text"), ("new_", "held-out words")):
-        accuracies = []
-        for read_out, where in (("mask", "at the mask"), ("context", "before the word")):
-            values = last_values(groups, f"val/{read_out}_{kind}query_acc")
-            if all(values):
-                delta, _, p = difference(*values, paired)
-                accuracies.append(f"{judged(delta, p, '.3f')} {where}")
-        items += [f"Adaptation on {words}, query accuracy: {'; '.join(accuracies)}."] if accuracies else []
-    gains = [np.mean(a) - np.mean(b) for (mode, *_), (a, b) in ner_scores(groups) if mode != "majority"]
-    if gains:
-        items.append(f"Universal NER: {np.mean(gains):+.1f} points of F1 on average over {len(gains)} "
-                     f"scores, from {min(gains):+.1f} to {max(gains):+.1f}.")
+        values, shares = losses_at_equal(groups, axis)
+        text = f"{judged(groups, values, '.3f', lower_is_better=True)} at equal {AXES[axis]}"
+        if abs(shares[0] - shares[1]) > 0.02:  # a loss falls as the learning rate decays
+            text += f" ({names[0]} at {shares[0]:.0%} of its schedule, {names[1]} at {shares[1]:.0%})"
+        losses.append(text)
+    items = [f"Validation loss, nats: {'; '.join(losses)}."]
+    accuracies = [f"{judged(groups, values, '.3f')} on {words}, {where}"
+                  for kind, words in WORDS.items() for read_out, (where, _) in READ_OUTS.items()
+                  if (values := final_adaptation(groups, read_out, kind))]
+    items += [f"Adaptation, query accuracy at the end: {'; '.join(accuracies)}."] if accuracies else []
+    items += ner_items(groups)
     shares = [f"{count} of {total} in {name}" for name, runs in zip(names, groups)
               for count, total in [count_rise_and_fall(runs)] if total]
     items += [f"Curves that diversify, then compress: {', '.join(shares)}."] if shares else []
-    return [f"## What did {names[0]} buy, against {names[1]}?", "\n".join(f"- {item}" for item in items)]
+    return ["\n".join(f"- {item}" for item in items)]
+
+
+def ner_items(groups):
+    """A line for each way of fine-tuning: the runs' mean F1 over the treebanks that all were scored on."""
+    scores = defaultdict(list)
+    for (mode, train, _, shots, *rest), of_groups in ner_scores(groups):
+        is_complete = [len(of_group) for of_group in of_groups] == [len(runs) for runs in groups]
+        if mode != "majority" and is_complete:
+            scores[mode, train, shots, *rest].append(of_groups)
+    items = []
+    for (mode, train, shots, *_), tests in scores.items():
+        means = [np.mean([of_groups[i] for of_groups in tests], axis=0) for i in range(2)]  # (runs,) each
+        few = f", {shots} sentences" if shots else ""
+        items.append(f"Universal NER, points of F1 over {len(tests)} treebanks ({mode}, {train}{few}): "
+                     f"{judged(groups, means, '.1f')}.")
+    return items
 
 
 def count_rise_and_fall(runs):
@@ -510,28 +531,42 @@ def training_curve(run, mixed, width=5):
         if "lr" in line and all(loss is not None for weight, loss in parts if weight > 0):
             steps.append(line["step"])
             losses.append(sum(weight * loss for weight, loss in parts if weight > 0))
-    width = min(width, len(losses)) or 1
-    return np.array(steps[width - 1:], float), np.convolve(losses or [0.0], np.ones(width) / width, "valid")
+    width = min(width, len(losses))
+    means = np.convolve(losses, np.ones(width) / width, "valid") if width else np.array([])
+    return np.array(steps[max(width - 1, 0):], float), means
+
+
+def mixed_runs(groups):
+    """Whether all runs have a training loss, and those of the first group episodes to mix into it."""
+    has_loss = all(len(training_curve(run, False)[0]) for runs in groups for run in runs)
+    return has_loss and all(any("share/episodes" in line for line in run["log"]) for run in groups[0])
 
 
 def mixed_curve(groups, names):
     """What a curve looks like that averages LM and query losses, and the speedup that it seems to show."""
-    rows = [["", *names]]
-    for label, mixed in (("next-token loss alone, nats", False), ("averaged with query losses", True)):
-        last = [[training_curve(run, mixed)[1][-1] for run in runs] for runs in groups]
+    heading = "## The mixed curve"
+    if not mixed_runs(groups):
+        return [heading, f"There is nothing to mix: {names[0]} has no micro-steps of episodes, or a run has "
+                "no training loss."]
+    rows = [["training loss at the end, nats", *names]]
+    times = {}
+    for label, mixed in (("next-token prediction alone", False), ("averaged with query losses", True)):
+        curves = [[training_curve(run, mixed) for run in runs] for runs in groups]
+        last = [[losses[-1] for _, losses in of_group] for of_group in curves]
         rows.append([label, *(mean_std(of_group, ".3f") for of_group in last)])
-    note = ("The training loss at the end, as it is and as the published trainer logs it: one mean over "
-            "next-token losses and query losses. A query loss is at most ln N, so the second is lower "
-            "without any language being learned.")
-    paragraphs = ["## The mixed curve", note, markdown(rows)]
-    if len(groups) == 2:
-        ends, curves = ([training_curve(run, True) for run in runs] for runs in groups)
-        level, spent = (np.mean([c[i][-1] for c in ends]) for i in (1, 0))
-        needed = np.array([reach(losses, steps, level) for steps, losses in curves])
-        times = np.nanmean(needed) / spent if np.isfinite(needed).any() else math.nan
-        when = "never" if math.isnan(times) else f"after {times:.2f} times the updates"
-        paragraphs.append(f"By it, {names[1]} reaches the last loss of {names[0]}, {level:.3f}, {when}. "
-                          "A speedup that is read off such a curve is an artefact of the averaging.")
+        if len(groups) == 2:
+            needed = np.array([reach(losses, steps, np.mean(last[0])) for steps, losses in curves[1]])
+            ratio = needed.mean() / np.mean([steps[-1] for steps, _ in curves[0]])
+            times[label] = "never" if math.isnan(ratio) else f"{ratio:.2f} times"
+    note = ("The training loss as it is, and as the published trainer logs it: one mean over next-token and "
+            "query losses. A query loss is of N words, not of a vocabulary, so it is lower without any "
+            "language being learned.")
+    paragraphs = [heading, note, markdown(rows)]
+    if times:
+        alone, mixed = times.values()
+        paragraphs.append(f"The updates that {names[1]} needs for the last loss of {names[0]}, as a multiple "
+                          f"of its own: {alone} by next-token prediction alone, {mixed} by the mixed curve. "
+                          "The difference of the two is an artefact of the averaging.")
     return paragraphs
 
 
@@ -562,6 +597,27 @@ def compared_with_paper(groups, names):
     return ["## Compared with the paper", markdown(rows, right=False)] if len(rows) > 1 else []
 
 
+def final_adaptation(groups, read_out, kind, what="acc"):
+    """[[query accuracy, or loss, at the end of each run] for each group]; None unless it can be compared.
+
+    It cannot where a run lacks it, or where runs were measured by other episodes.
+    """
+    settings = [[run["config"].get(key) for key in INSTRUMENT] for runs in groups for run in runs]
+    values = last_values(groups, f"final/{read_out}_{kind}query_{what}")
+    is_complete = [len(of_group) for of_group in values] == [len(runs) for runs in groups]
+    return values if is_complete and all(of_run == settings[0] for of_run in settings) else None
+
+
+def adaptation_rows(groups, paired):
+    rows = []
+    for what, label in (("acc", "query accuracy"), ("loss", "query loss, nats")):
+        for kind, words in WORDS.items():
+            for read_out, (where, _) in READ_OUTS.items():
+                values = final_adaptation(groups, read_out, kind, what)
+                rows += compared(f"{label} on {words}, {where}", values, ".3f", paired) if values else []
+    return rows
+
+
 def end_of_training(groups, names):
     """The last value of each loss and accuracy, not the best, and what the runs took."""
     paired = in_pairs(groups)
@@ -569,8 +625,7 @@ def end_of_training(groups, names):
     for key in domain_keys(groups):
         label = f"validation loss, {key.removeprefix('val/')}"
         rows += compared(label, last_values(groups, key), ".3f", paired)
-    for key, label in ADAPTATION.items():
-        rows += compared(label, last_values(groups, key), ".3f", paired)
+    rows += adaptation_rows(groups, paired)
     for key, label in AXES.items():
         form = ".0f" if key in ("step", "seconds") else ".3g"
         rows += compared(label, last_values(groups, key), form, test=False)
@@ -668,7 +723,7 @@ def layer_orders(label, by_layer):
 
 
 # In the order of the report. Phases come last: the console shows what stands before them.
-SECTIONS = [answer, compared_with_paper, end_of_training, speedup_to_equal_loss, universal_ner, phases]
+SECTIONS = [compared_with_paper, end_of_training, speedup_to_equal_loss, universal_ner, phases]
 
 
 def tables(groups, names, mixed=False):
@@ -679,7 +734,10 @@ def tables(groups, names, mixed=False):
         note = " Mean ± standard deviation over runs."
         if len(groups) == 2 and min(map(len, groups)) > 1:
             note += " p: t-test, paired by seed." if in_pairs(groups) else " p: Welch's t-test."
-    paragraphs = [f"# {' against '.join(names)}", f"Runs: {'; '.join(folders)}.{note}"]
+            note += " Several tests are made here, and none is corrected for that."
+    bought = f": what did {names[0]} buy?" if len(groups) == 2 else ""
+    paragraphs = [f"# {' against '.join(names)}{bought}", *answer(groups, names)]
+    paragraphs.append(f"Runs: {'; '.join(folders)}.{note}")
     for section in [*SECTIONS[:-1], *([mixed_curve] if mixed else []), SECTIONS[-1]]:
         paragraphs += section(groups, names)
     return "\n\n".join(paragraphs) + "\n"
@@ -743,21 +801,26 @@ def speedup_panel(ax, groups, names):
     ax.legend()
 
 
-def adaptation_panel(ax, groups):
+def adaptation_panel(ax, groups, kind):
     for run, style in styled_runs(groups):
-        for key, dashes in DASHES.items():
+        for read_out, (_, dashes) in READ_OUTS.items():
+            key = f"val/{read_out}_{kind}query_acc"
             c = curve(run, key)
             ax.plot(c["step"], c[key], dashes, **style)
-    ax.set(xlabel=AXES["step"], title="adapted accuracy, held-out text", ylim=(0, None))
-    ax.legend(handles=[legend_handle(ADAPTATION[key].split(", ")[1], color="gray", ls=dashes)
-                       for key, dashes in DASHES.items()])
+    ax.set(xlabel=AXES["step"], title=f"query accuracy, {WORDS[kind]}", ylim=(0, None))
+    ax.legend(handles=[legend_handle(where, color="gray", ls=dashes) for where, dashes in READ_OUTS.values()])
+
+
+def measured_words(groups):
+    """The kinds of word of which any run has the accuracy on held-out text."""
+    return [kind for kind in WORDS if any(map(len, last_values(groups, f"val/context_{kind}query_acc")))]
 
 
 def mixed_panel(ax, groups, names):
     """The training loss of the LM alone, and as it looks where query losses are averaged into it."""
     for run, style in styled_runs(groups):
-        for label, dashes in (("lm", "-"), ("mixed", "--")):
-            ax.plot(*training_curve(run, mixed=label == "mixed"), dashes, **style)
+        for mixed, dashes in ((False, "-"), (True, "--")):
+            ax.plot(*training_curve(run, mixed), dashes, **style)
     ax.set(xlabel=AXES["step"], ylabel="nats", title="training loss")
     ax.legend(handles=[legend_handle("next-token alone", color="gray"),
                        legend_handle("averaged with query losses", color="gray", ls="--")])
@@ -864,9 +927,8 @@ def figure(groups, names, mixed=False):
     panels = [partial(loss_panel, groups=groups, names=names, axis=axis) for axis in axes]
     if len(groups) == 2 and speedup(groups)[1]:
         panels.append(partial(speedup_panel, groups=groups, names=names))
-    if any(any(last_values(groups, key)) for key in DASHES):
-        panels.append(partial(adaptation_panel, groups=groups))
-    if mixed:
+    panels += [partial(adaptation_panel, groups=groups, kind=kind) for kind in measured_words(groups)]
+    if mixed and mixed_runs(groups):
         panels.append(partial(mixed_panel, groups=groups, names=names))
     if domain_keys(groups):
         panels.append(partial(domains_panel, groups=groups, names=names))
@@ -892,8 +954,7 @@ def brief_figure(groups, names):
     """One row: validation loss, adaptation on held-out text, mean effective rank of the residual stream."""
     axis = "flops" if "flops" in shared_axes(groups) else "step"
     panels = [partial(loss_panel, groups=groups, names=names, axis=axis)]
-    if any(any(last_values(groups, key)) for key in DASHES):
-        panels.append(partial(adaptation_panel, groups=groups))
+    panels += [partial(adaptation_panel, groups=groups, kind=kind) for kind in measured_words(groups)[:1]]
     if any("rank/resid" in layer_curves(runs) for runs in groups):
         panels.append(partial(residual_rank_panel, groups=groups))
     return draw([("", panels)], size=(3.4, 2.7), font=10)

@@ -16,7 +16,7 @@ from config import UserError
 
 
 def block_kinds(cfg):
-    """(max_steps, blocks) names of kinds. Step n is the same whatever max_steps is."""
+    """(max_steps, blocks) names of kinds. Without meta_decay, a prefix of one series."""
     kinds = np.full((cfg.max_steps, cfg.meta_blocks if cfg.meta_share > 0 else 1), "lm", dtype=object)
     if cfg.meta_share == 0:
         return kinds

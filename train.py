@@ -64,7 +64,7 @@ class Config(ModelConfig):
     ways: int = 32  # N, words to tell apart in an episode
     shots: int = 4  # K, support windows per word
     queries: int = 1  # Q, query windows per word
-    window: int = 128  # tokens of a window, the mask at its end included
+    window: int = 128  # tokens of a window, a mask at its end included
     episodes: int = 1  # episodes of a micro-step on each rank
     inner_steps: int = 10  # SGD steps of the inner loop
     inner_lr: float = 0.0  # their rate; 0: 25.6 / d_model, for a linear head that starts at zero
@@ -78,6 +78,10 @@ class Config(ModelConfig):
     eval_every: int = 250  # validation loss
     eval_sequences: int = 64  # validation sequences of each domain
     eval_episodes: int = 64  # episodes of held-out text at each evaluation, for vanilla runs too; 0: off
+    eval_ways: int = 16  # N of these episodes; alike in all runs that are to be compared
+    eval_shots: int = 4  # K of these episodes
+    eval_queries: int = 2  # Q of these episodes
+    eval_window: int = 32  # tokens of text before the word
     probe_every: int = 100  # effective rank and attention entropy
     probe_gradients: bool = False  # the effective rank of the gradients too
     checkpoint_every: int = 500  # checkpoints
@@ -111,17 +115,20 @@ class Config(ModelConfig):
                        f"batch_size = {self.batch_size}")
         config.require_at_least(self, 0, "eval_episodes")
         config.require_choice(self, "read_out", "mask", "context")
-        if self.meta_share > 0 or self.eval_episodes > 0:
-            config.require_at_least(self, 1, "shots", "queries")
-            config.require_at_least(self, 0, "inner_steps")
-            config.require_at_least(self, 2, "ways", "window")
-            config.require_positive(self, "inner_lr")
+        config.require_at_least(self, 0, "inner_steps")
+        config.require_positive(self, "inner_lr")
+        if self.eval_episodes > 0:
+            config.require_at_least(self, 1, "eval_shots", "eval_queries", "eval_window")
+            config.require_at_least(self, 2, "eval_ways", "context")
         if self.meta_share > 0:
             self.check_episodes()
 
     def check_episodes(self):
-        config.require_at_least(self, 1, "meta_blocks", "episodes", "head_layers", "head_width")
-        config.require_at_least(self, 0, "meta_start", "meta_weight", "meta_decay")
+        config.require_at_least(self, 1, "meta_blocks", "shots", "queries", "episodes", "head_layers",
+                                "head_width")
+        config.require_at_least(self, 0, "meta_start", "meta_weight")
+        config.require_at_least(self, 2, "ways")
+        config.require(0 <= self.meta_decay <= 1, f"meta_decay must lie in [0, 1], got {self.meta_decay}")
         config.require_choice(self, "head_start", "zero", "random")
         config.require_choice(self, "episodes_from", "windows", "batch")
         if self.episodes_from == "batch":
@@ -129,6 +136,10 @@ class Config(ModelConfig):
                            f"be head, got {self.adapt!r}")
             config.require(self.read_out == "context",
                            "episodes_from = batch reads plain text: set read_out = context")
+            config.require(self.first_order, "episodes_from = batch reads the support without gradient: "
+                           "set first_order = True")
+            config.require(self.head_start == "zero", "episodes_from = batch has episodes of fewer ways, "
+                           f"which only head_start = zero can do, got {self.head_start!r}")
             config.require(not self.query_lm, "query_lm is for episodes_from = windows: with batch, every "
                            "position has the next-token loss already")
         config.require(not self.query_lm or self.adapt == "head",
@@ -142,7 +153,7 @@ class Config(ModelConfig):
                             f"{error}") from None
 
 
-OBJECTIVE = "the sum of the weighted losses"  # travels with the metrics, and is not logged
+BAD_LOSSES = "micro-steps whose loss is not finite"  # travels with the metrics, and is not logged
 MAX_SKIPPED = 10  # updates in a row that may be skipped for a gradient that is not finite
 
 
@@ -174,7 +185,7 @@ def build_sources(cfg, kinds, corpus, tokenizer):
         sources["joint"] = Source(batches, cfg.batch_size)
     for batches, size in sources.values():
         for index in range(8):
-            batches[range(index * size, (index + 1) * size)]  # text with too few words fails here, not later
+            batches[range(index * size, (index + 1) * size)]  # text with too few words fails now
     return sources
 
 
@@ -330,10 +341,15 @@ def evaluate(learner, eval_batches, device, rank, world):
 
 @torch.no_grad()
 def sum_over_ranks(metrics, device, world):
-    """{metric: [scalar of each micro-step]} -> {metric: (sum, number of micro-steps)}, over all ranks."""
-    sums = [torch.as_tensor(sum(values), dtype=torch.float32, device=device) for values in metrics.values()]
-    counts = [torch.full((), float(len(values)), device=device) for values in metrics.values()]
-    table = torch.stack((torch.stack(sums), torch.stack(counts)), dim=1)  # (metrics, 2)
+    """{metric: [scalar of each micro-step]} -> {metric: (sum, number of micro-steps)}, over all ranks.
+
+    What is nan was not measured in that micro-step and does not count.
+    """
+    rows = []
+    for values in metrics.values():
+        values = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=device) for x in values])
+        rows.append(torch.stack((values.nansum(), (~values.isnan()).sum())))
+    table = torch.stack(rows)  # (metrics, 2)
     if world > 1:  # all ranks do the same kinds of micro-steps, so they have the same metrics
         dist.all_reduce(table)
     return dict(zip(metrics, table))
@@ -371,7 +387,9 @@ def print_setup(cfg, is_compiled, schedule, corpus, validation, learner, adaptat
         print(f"episodes  {cfg.meta_share:.0%} of micro-steps from step {cfg.meta_start} on: {cfg.ways}-way "
               f"{cfg.shots}-shot, {cfg.queries} queries a word, {cfg.inner_steps} inner steps at "
               f"{cfg.inner_lr:g}; chance {1 / cfg.ways:.3f}, ln N {math.log(cfg.ways):.3f}")
-    if adaptation is not None:
+    if adaptation is None and cfg.eval_episodes > 0:
+        print("adapting  on held-out text is not measured: the data have no tokenizer here")
+    elif adaptation is not None:
         print(f"adapting  on held-out text at each evaluation: {adaptation.describe()}")
     if cfg.warmup_steps >= cfg.max_steps > 0:
         print(f"note      max_steps = {cfg.max_steps} ends within warmup_steps = {cfg.warmup_steps}: "
@@ -382,7 +400,7 @@ def stuck_warning(cfg, progress, line):
     """One line where the query loss was at ln N in five log lines in a row, else ""; never during warm-up."""
     if "meta/query_loss" not in line or progress.step <= cfg.warmup_steps:
         return ""
-    ln_n = math.log(cfg.ways)
+    ln_n = math.log(line.get("meta/ways", cfg.ways))
     progress.stuck_logs = progress.stuck_logs + 1 if line["meta/query_loss"] > 0.99 * ln_n else 0
     if progress.stuck_logs != 5:
         return ""
@@ -402,11 +420,12 @@ def print_results(cfg, corpus, learner, tokenizer, device, metrics):
     """The last lines of a finished run; `metrics`: those of its last evaluation, {} where there was none."""
     loss = f"validation loss {metrics['val/loss']:.3f}, where" if metrics else "not evaluated;"
     print(f"done      {loss} token frequencies alone give {data.unigram_entropy(corpus):.3f}")
-    if "val/query_acc" in metrics:
-        new = f", {metrics['val/new_query_acc']:.3f} on new words" if "val/new_query_acc" in metrics else ""
-        print(f"          query accuracy on held-out text {metrics['val/query_acc']:.3f}{new}; chance "
-              f"{metrics['val/query_acc_unadapted']:.3f}\n"
-              "          what the episodes bring is the difference to a run with configs/vanilla.py")
+    for key, words in (("query_acc", "held-out text"), ("new_query_acc", "held-out words")):
+        if f"val/mask_{key}" in metrics:
+            print(f"          query accuracy on {words} {metrics[f'val/mask_{key}']:.3f} at the mask, "
+                  f"{metrics[f'val/context_{key}']:.3f} before the word; chance {1 / cfg.eval_ways:.3f}")
+    if cfg.meta_share > 0:
+        print("          what the episodes bring is the difference to a run with configs/vanilla.py")
     if tokenizer is not None:
         prompt = torch.tensor([tokenizer.encode_ordinary("The function returns")], device=device)
         generator = torch.Generator(device).manual_seed(cfg.seed)
@@ -494,13 +513,13 @@ def main(argv):
                 metrics = probes.measure(learner.decoder, probe_ids) | gradient_ranks
                 log("probes.jsonl", metrics)
                 probe = {"step": progress.step} | metrics
+            is_last = progress.step >= cfg.max_steps
             if due(cfg.eval_every, progress.step):
                 validation_metrics = evaluate(learner, eval_batches, device, rank, world)
                 if adaptation is not None:
-                    validation_metrics |= adaptation.measure(learner.decoder, dtype)
+                    validation_metrics |= adaptation.measure(learner.decoder, dtype, is_last)
                 log("log.jsonl", {"flops": progress.flops, "seconds": progress.seconds, **validation_metrics})
                 print0(logs.evaluation_line(progress.step, validation_metrics, probe), flush=True)
-            is_last = progress.step >= cfg.max_steps
             stop = machine.any_rank(signals)  # a signal reaches the ranks at different times: stop together
             if rank == 0 and progress.step != resumed_at:
                 if due(cfg.checkpoint_every, progress.step) or stop or is_last:
@@ -521,14 +540,14 @@ def main(argv):
                     losses, new_metrics = model(kind, batch)
                     loss = sum(loss * (weights[part] / schedule.micro_steps) for part, loss in losses.items())
                     loss.backward()
-                for name, value in (new_metrics | {OBJECTIVE: loss.detach()}).items():
+                for name, value in (new_metrics | {BAD_LOSSES: ~loss.detach().isfinite()}).items():
                     metrics.setdefault(name, []).append(value)
                 lm_tokens = batch.lm_tokens if "lm" in losses else 0
                 progress.count(kind, batch.tokens * world, lm_tokens * world,
                                learner.flops(kind, batch) * world, waited)
             totals = sum_over_ranks(metrics, device, world)
             grad_norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)
-            is_bad = (~(torch.isfinite(grad_norm) & torch.isfinite(totals.pop(OBJECTIVE)[0]))).float()
+            is_bad = (~torch.isfinite(grad_norm) | (totals.pop(BAD_LOSSES)[0] > 0)).float()
             if rank == 0 and cfg.probe_gradients and due(cfg.probe_every, progress.step + 1):
                 paused = time.perf_counter()  # the rest of the probe follows the update; neither is training
                 gradient_ranks = probes.gradient_ranks(learner.decoder)

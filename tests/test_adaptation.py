@@ -45,27 +45,33 @@ def test_the_windows_are_held_out_text_of_words_that_may_and_may_not_be_classes(
     text = {name: np.concatenate(split.shards) for name, split in data.open_corpus(folder)[1].items()}
     contexts = np.concatenate([np.lib.stride_tricks.sliding_window_view(ids, 8) for ids in text.values()])
     assert list(test.pools) == ["", "new_"]
-    for prefix, (windows, places) in test.pools.items():
-        assert windows.shape[1] == 8 and (windows[:, -1] == TOY_VOCAB - 1).all(), "windows end at the mask"
-        for window in windows[::5].numpy():
-            masked = window == TOY_VOCAB - 1
-            same = contexts[((contexts == window) | masked).all(1)]
-            assert {bool(tables.held_out[word]) for word in same[:, -1]} == {prefix == "new_"}
-        assert places.shape == (30, 4, 4) and len(set(places[0].flatten().tolist())) == 16
-        words = places // 4
-        assert (words == words[:, :, :1]).all(), "the windows of a class are of one word"
+    for prefix, pool in test.pools.items():
+        assert pool.shape == (16, 4, 8) and (pool[..., -1] == TOY_VOCAB - 1).all(), "windows end at the mask"
+        assert not (pool[..., :-1] == TOY_VOCAB - 1).any(), "and hold no other"
+        for of_word in pool[::3].numpy():
+            words = [set(contexts[(contexts[:, :-1] == window[:-1]).all(1)][:, -1]) for window in of_word]
+            [word] = set.intersection(*words)
+            assert tables.held_out[word] == (prefix == "new_") and word not in of_word
+    words, places = test.draw(16, 4, 30)
+    assert words.shape == (30, 4) and all(len(set(row)) == 4 for row in words.tolist())
+    assert (places // 4 == words[:, :, None]).all() and places.shape == (30, 4, 4)
+    assert all(len(set(row)) == 16 for row in places.flatten(1).tolist()), "no window is support and query"
 
 
-def test_accuracies_equal_a_plain_loop(folder):
+@pytest.mark.parametrize("every_word", [False, True])
+def test_accuracies_equal_a_plain_loop(folder, every_word):
     """An ordinary linear layer from zero, trained by an ordinary optimizer, episode by episode."""
     test, decoder = instrument(folder), sharp()
-    results = test.episodes(decoder, torch.float32)
+    results = test.episodes(decoder, torch.float32, every_word)
     assert len(results) == 2 * 2 * 2
-    for prefix, (windows, places) in test.pools.items():
-        hidden = decoder.hidden(windows).detach()
+    for prefix, pool in test.pools.items():
+        pool = pool if every_word else pool[:4]
+        words, places = test.draw(len(pool), 4, 120 if every_word else 30)
+        hidden = decoder.hidden(pool.flatten(0, 1)).detach()
         for read_out, x in (("mask", hidden[:, -1]), ("context", hidden[:, -2])):
-            accuracies, losses = results[prefix, read_out, "adapted"]
-            for i in range(0, 30, 7):
+            drawn, correct, losses = results[prefix, read_out, "adapted"]
+            assert torch.equal(drawn, words)
+            for i in range(0, len(words), 11):
                 head = torch.nn.Linear(24, 4)
                 torch.nn.init.zeros_(head.weight), torch.nn.init.zeros_(head.bias)
                 sgd = torch.optim.SGD(head.parameters(), lr=CFG.inner_lr)
@@ -76,11 +82,24 @@ def test_accuracies_equal_a_plain_loop(folder):
                     torch.nn.functional.cross_entropy(head(x[support]), target).backward()
                     sgd.step()
                 logits = head(x[query])
-                accuracy = (logits.argmax(-1) == target).float().mean()
-                assert accuracies[i].item() == pytest.approx(accuracy.item())
+                assert torch.equal(correct[i], logits.argmax(-1) == target)
                 loss = torch.nn.functional.cross_entropy(logits, target)
-                assert losses[i].item() == pytest.approx(loss.item(), rel=1e-4)
-            assert results[prefix, read_out, "unadapted"][0].eq(0.25).all(), "chance"
+                assert losses[i].mean().item() == pytest.approx(loss.item(), rel=1e-4)
+            unadapted = results[prefix, read_out, "unadapted"][1].float().mean(1)
+            assert unadapted.eq(0.25).all(), "chance"
+
+
+def test_the_error_is_over_words(folder, monkeypatch):
+    """Half the words always right, half never: the error of 16 coin flips, however many episodes."""
+    test, drawn = instrument(folder), {}
+    for prefix, pool in test.pools.items():
+        words, _ = test.draw(len(pool), 4, 500)
+        correct = (words % 2 == 0).repeat_interleave(2, dim=1)
+        drawn[prefix, "mask", "adapted"] = words, correct, torch.zeros(correct.shape)
+    monkeypatch.setattr(test, "episodes", lambda *args: drawn)
+    metrics = test.final(sharp(), torch.float32)
+    assert metrics["final/mask_query_acc"] == pytest.approx(0.5, abs=0.03)
+    assert metrics["final/mask_query_acc_error"] == pytest.approx(0.5 * (16 / 15) ** 0.5 / 16**0.5)
 
 
 def test_it_is_the_same_for_every_seed_and_leaves_no_trace(folder):
@@ -108,21 +127,21 @@ def test_it_sees_features_that_tell_the_words_apart(folder):
         return x
 
     test.pools.pop("new_")
-    known, decoder = test.pools[""][0].tolist(), sharp()
+    known, decoder = test.pools[""].flatten(0, 1).tolist(), sharp()
     decoder.hidden = hidden
     metrics = test.measure(decoder, torch.float32)
     assert metrics["val/context_query_acc"] == 1.0 and metrics["val/mask_query_acc"] == 0.25
 
 
 def test_text_with_too_few_words_gives_fewer_ways_or_none(folder, tmp_path):
-    test = instrument(folder, ways=5000)
-    assert all(2 <= places.shape[1] < 5000 for _, places in test.pools.values())
+    test = instrument(folder, eval_ways=5000)
+    assert all(2 <= len(pool) < 5000 for pool in test.pools.values()) and "16-way" not in test.describe()
     (tmp_path / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
     for name in ("train", "val"):
         write_bin(tmp_path / f"{name}_000000.bin", np.arange(256, 1256))
     test = instrument(tmp_path)
     assert test.pools == {} and "too few of its words repeat" in test.describe()
-    assert test.measure(sharp(), torch.float32) == {}
+    assert test.measure(sharp(), torch.float32, is_last=True) == {}
 
 
 def test_the_script_measures_finished_runs(toy, tmp_path, capsys):
@@ -132,6 +151,8 @@ def test_the_script_measures_finished_runs(toy, tmp_path, capsys):
 
     train.main([*TOY, f"--data={toy}", f"--out_dir={tmp_path}", "--max_steps=1", "--meta_share=0"])
     capsys.readouterr()
+    with pytest.raises(SystemExit, match="python adaptation.py"):
+        adaptation.main(["--help"])
     adaptation.main([str(tmp_path)])
     line = json.loads(capsys.readouterr().out)
-    assert line["step"] == 1 and {"mask_query_acc", "context_query_acc_error"} <= line.keys()
+    assert line["step"] == 1 and {"final/mask_query_acc", "final/context_query_acc_error"} <= line.keys()

@@ -91,6 +91,9 @@ def test_a_wrong_file_is_told_in_one_line(tmp_path, text, says):
         (["--meta_share=2"], "meta_share must lie in [0, 1], got 2.0"),
         (["--episodes_from=batch"], "episodes_from = batch reads plain text: set read_out = context"),
         (["--episodes_from=batch", "--adapt=all"], "adapt must be head, got 'all'"),
+        (["--episodes_from=batch", "--read_out=context", "--head_start=random"], "only head_start = zero"),
+        (["--episodes_from=batch", "--read_out=context", "--first_order=False"], "set first_order = True"),
+        (["--meta_decay=5"], "meta_decay must lie in [0, 1], got 5.0"),
         (["--query_lm", "--adapt=all"], "query_lm needs adapt = head, got 'all'"),
         (["--read_out=word"], "read_out must be one of mask, context, got 'word'"),
         (["--head_start=one"], "head_start must be one of zero, random"),
@@ -126,10 +129,12 @@ def test_a_value_by_rule_follows_what_it_depends_on(tmp_path):
 
 def test_fields_of_episodes_are_checked_where_episodes_run():
     """`configs/vanilla.py --context=64` was refused for the window of episodes that never run."""
-    bad = ["--context=64", "--ways=1", "--adapt=(", "--shots=0", "--inner_lr=-1"]
+    bad = ["--context=64", "--ways=1", "--adapt=(", "--shots=0", "--head_layers=0"]
     vanilla = [str(CONFIGS / "11m.py"), str(CONFIGS / "vanilla.py")]
-    assert load(*vanilla, "--eval_episodes=0", *bad).context == 64
-    assert load(*vanilla, "--context=64").eval_episodes == 64  # windows of 64 then
+    assert load(*vanilla, *bad).context == 64
+    with pytest.raises(UserError, match="eval_ways must be at least 2, got 1"):
+        load(*vanilla, "--eval_ways=1")
+    assert load(*vanilla, "--eval_ways=1", "--eval_episodes=0").eval_ways == 1
     for flag in bad:
         with pytest.raises(UserError):
             load(str(CONFIGS / "11m.py"), flag)

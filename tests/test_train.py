@@ -432,8 +432,30 @@ def test_every_run_measures_adaptation_on_held_out_text(toy, tmp_path):
         {"val/query_acc", "val/query_loss", "val/query_acc_unadapted", "val/new_query_acc"} <= line.keys()
         for line in measured
     )
+    assert "final/mask_query_acc" in lines[-1] and "final/mask_query_acc" not in measured[1]
     bare, others = run(toy, tmp_path / "b", "--meta_share=0", "--eval_episodes=0")
     assert same(state["model"], bare["model"]) and not any("query" in key for key in set().union(*others))
+
+
+def test_adaptation_is_measured_on_validation_text_with_the_settings_of_the_run(toy, tmp_path, monkeypatch):
+    """What `main` hands over; and that it trains with the run's read-out and the weights of each step."""
+    seen = {}
+    real, episodes, weights = train.AdaptationTest, data.Episodes, train.loss_weights
+
+    def test_of(cfg, validation, tokenizer):
+        seen["paths"] = {path.name for split in validation.values() for path in split.paths}
+        return real(cfg, validation, tokenizer)
+
+    def episodes_of(corpus, *args, **options):
+        seen.setdefault("read_out", args[-1])
+        return episodes(corpus, *args, **options)
+
+    monkeypatch.setattr(train, "AdaptationTest", test_of)
+    monkeypatch.setattr(train.data, "Episodes", episodes_of)
+    monkeypatch.setattr(train, "loss_weights", lambda cfg, step: seen.setdefault("steps", []).append(step)
+                        or weights(cfg, step))
+    run(toy, tmp_path, "--read_out=context", "--max_steps=3")
+    assert seen == {"paths": {"val_000000.bin"}, "read_out": "context", "steps": [0, 1, 2]}
 
 
 # ---- trouble ----
