@@ -321,6 +321,19 @@ def catch_signals():
 # ---- evaluation and metrics ----
 
 
+def build_measurements(cfg, validation, tokenizer):
+    """What is measured between updates, always on the same held-out text.
+
+    {domain: LMBatch} for the validation loss, the ids (B, T) of the probes, and the AdaptationTest, None
+    where it is off or the data have no tokenizer here.
+    """
+    batches = {name: data.eval_sequences(split, cfg.context, cfg.eval_sequences)
+               for name, split in validation.items()}
+    probe_ids = probes.fixed_batch(validation, cfg.d_model, cfg.context)
+    is_on = tokenizer is not None and cfg.eval_episodes > 0
+    return batches, probe_ids, AdaptationTest(cfg, validation, tokenizer) if is_on else None
+
+
 @torch.no_grad()
 def evaluate(learner, eval_batches, device, rank, world):
     """{"val/loss": mean over domains, and "val/<domain>" where there are several}, in nats a token.
@@ -372,7 +385,7 @@ def open_run_folder(cfg, tokenizer, last_step):
         logs.truncate_log(out_dir / name, last_step)
 
 
-def print_setup(cfg, is_compiled, schedule, corpus, validation, learner, adaptation):
+def print_setup(cfg, is_compiled, schedule, corpus, validation, learner, adaptation, resumed_at):
     world = schedule.world
     held_out = sum(split.tokens for split in validation.values())
     sizes = [sum(p.numel() for p in module.parameters()) for module in (learner.decoder, learner.head)]
@@ -394,6 +407,10 @@ def print_setup(cfg, is_compiled, schedule, corpus, validation, learner, adaptat
     if cfg.warmup_steps >= cfg.max_steps > 0:
         print(f"note      max_steps = {cfg.max_steps} ends within warmup_steps = {cfg.warmup_steps}: "
               f"lr = {cfg.lr:g} is never reached")
+    if resumed_at is not None:
+        finished = ": the run is finished" if resumed_at >= cfg.max_steps else ""
+        print(f"resume    from {cfg.out_dir}/ckpt_{resumed_at:06d}.pt{finished}")
+    sys.stdout.flush()
 
 
 def stuck_warning(cfg, progress, line):
@@ -461,24 +478,17 @@ def main(argv):
     print0 = print if rank == 0 else lambda *args, **kwargs: None
     torch.backends.cuda.matmul.allow_tf32 = True
     machine.join_ranks(device)
-    if rank == 0:
-        print(f"machine   {machine.describe(device, dtype)}", flush=True)
+    print0(f"machine   {machine.describe(device, dtype)}", flush=True)
     kinds = set(schedule.kinds.flat)
     corpus, validation, tokenizer = load_data(cfg, kinds != {"lm"}, rank, world)
     sources = build_sources(cfg, kinds, corpus, tokenizer)
-    eval_batches = {name: data.eval_sequences(split, cfg.context, cfg.eval_sequences)
-                    for name, split in validation.items()}
-    probe_ids = probes.fixed_batch(validation, cfg.d_model, cfg.context).to(device)
-    adaptation = None
-    if rank == 0 and tokenizer is not None and cfg.eval_episodes > 0:
-        adaptation = AdaptationTest(cfg, validation, tokenizer)
+    eval_batches, probe_ids, adaptation = build_measurements(cfg, validation, tokenizer)
 
     # What is trained, and where it stands
     learner = build_learner(cfg, dtype).to(device)
     optimizers, params = build_optimizers(cfg, learner), list(learner.parameters())
     restored = resume(cfg, corpus, learner, optimizers)
-    progress = (restored or Progress()).to(device)
-    resumed_at = progress.step if restored else None
+    progress, resumed_at = (restored or Progress()).to(device), restored.step if restored else None
     require_same_step(progress, world, out_dir)
     send, finish_wandb = (lambda line: None), (lambda: None)
     if rank == 0:
@@ -488,11 +498,7 @@ def main(argv):
     model = wrap_for_ranks(learner, device, world)
     peak_flops = machine.peak_flops(device, dtype) * world
     if rank == 0:
-        print_setup(cfg, is_compiled, schedule, corpus, validation, learner, adaptation)
-        if restored:
-            finished = ": the run is finished" if progress.step >= cfg.max_steps else ""
-            print(f"resume    from {out_dir}/ckpt_{progress.step:06d}.pt{finished}")
-        sys.stdout.flush()
+        print_setup(cfg, is_compiled, schedule, corpus, validation, learner, adaptation, resumed_at)
 
     def due(interval, step):
         return interval > 0 and step != resumed_at and (step % interval == 0 or step == cfg.max_steps)
@@ -504,19 +510,19 @@ def main(argv):
             send(line)
 
     batches = read_ahead(schedule, sources, rank, device, progress.step * schedule.micro_steps)
-    validation_metrics, probe, gradient_ranks, line = {}, {}, {}, {}
+    validation_metrics, probe, gradient_ranks = {}, {}, {}
     with catch_signals() as signals:
         while True:
             # Between updates: probe, evaluate, checkpoint, stop? A resumed step has done all that.
             learner.eval()
             if rank == 0 and due(cfg.probe_every, progress.step):
-                metrics = probes.measure(learner.decoder, probe_ids) | gradient_ranks
+                metrics = probes.measure(learner.decoder, probe_ids.to(device)) | gradient_ranks
                 log("probes.jsonl", metrics)
                 probe = {"step": progress.step} | metrics
             is_last = progress.step >= cfg.max_steps
             if due(cfg.eval_every, progress.step):
                 validation_metrics = evaluate(learner, eval_batches, device, rank, world)
-                if adaptation is not None:
+                if rank == 0 and adaptation is not None:
                     validation_metrics |= adaptation.measure(learner.decoder, dtype, is_last)
                 log("log.jsonl", {"flops": progress.flops, "seconds": progress.seconds, **validation_metrics})
                 print0(logs.evaluation_line(progress.step, validation_metrics, probe), flush=True)
@@ -570,13 +576,12 @@ def main(argv):
             require_finite(cfg, progress)
 
     batches.close()
-    if rank == 0:
-        if stop and not is_last:
-            print(f"stopped   at step {progress.step}; the same command resumes from there")
-        elif progress.step != resumed_at:
-            print_results(cfg, corpus, learner, tokenizer, device, validation_metrics)
-        print(f"files     {out_dir}: ckpt_{progress.step:06d}.pt (checkpoint), log.jsonl (losses), "
-              "probes.jsonl (effective ranks, attention entropies)", flush=True)
+    if not is_last:
+        print0(f"stopped   at step {progress.step}; the same command resumes from there")
+    elif rank == 0 and progress.step != resumed_at:
+        print_results(cfg, corpus, learner, tokenizer, device, validation_metrics)
+    print0(f"files     {out_dir}: ckpt_{progress.step:06d}.pt (checkpoint), log.jsonl (losses), probes.jsonl "
+           "(effective ranks, attention entropies)", flush=True)
     finish_wandb()
     if world > 1:
         dist.destroy_process_group()
