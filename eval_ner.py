@@ -4,6 +4,7 @@
     python eval_ner.py out/demo --train=da_ddt --mode=head --lr=0.1   # frozen backbone: minutes on a CPU
     python eval_ner.py out/demo --train=da_ddt --mode=majority        # baseline without a model
     python eval_ner.py out/demo --train=da_ddt --shots=8,32,128 --seeds=5   # few-shot: five draws of each
+    python eval_ner.py out/demo --data=data/conll2003 --train=conll2003   # its train.txt, test.txt
 
 The first argument is a run's folder (its newest checkpoint is used) or a checkpoint file. Treebanks that are
 missing in --data are downloaded. Scores are printed and appended to ner.jsonl beside the checkpoint.
@@ -15,7 +16,6 @@ import itertools
 import math
 import os
 import re
-import statistics
 import time
 import urllib.error
 import urllib.request
@@ -37,20 +37,23 @@ import logs
 from config import UserError, require
 from logs import start_wandb
 from machine import DTYPES, autocast, pick_device
+from report import markdown, mean_std
 
-TYPES = ("PER", "ORG", "LOC")
-TAGS = ("O", *(f"{prefix}-{name}" for name in TYPES for prefix in "BI"))
+TYPES = ("PER", "ORG", "LOC")  # of Universal NER; its fourth, OTH, does not count
 
 SERVER = "https://raw.githubusercontent.com/UniversalNER"
-REPOSITORIES = {  # of version 1: treebank, its repository and branch
+REPOSITORIES = {  # treebank: its repository and branch, and the file where it is not divided into splits
     "ceb_gja": "UNER_Cebuano-GJA/master",
     "da_ddt": "UNER_Danish-DDT/main",
     "de_pud": "UNER_German-PUD/master",
     "en_ewt": "UNER_English-EWT/master",
     "en_pud": "UNER_English-PUD/master",
     "hr_set": "UNER_Croatian-SET/main",
+    "nno_norne": "UNER_Norwegian-NDT/master",
+    "nob_norne": "UNER_Norwegian-NDT/master",
     "pt_bosque": "UNER_Portuguese-Bosque/master",
     "pt_pud": "UNER_Portuguese-PUD/master",
+    "ro_legalnero": "UNER_Romanian-LegalNERo/master/ro_legalnero.iob2",
     "ru_pud": "UNER_Russian-PUD/master",
     "sk_snk": "UNER_Slovak-SNK/master",
     "sr_set": "UNER_Serbian-SET/main",
@@ -63,8 +66,13 @@ REPOSITORIES = {  # of version 1: treebank, its repository and branch
     "zh_pud": "UNER_Chinese-PUD/master",
 }
 TRAINABLE = (  # have train and dev splits; the others have test only
-    "da_ddt", "en_ewt", "hr_set", "pt_bosque", "sk_snk", "sr_set", "sv_talbanken", "zh_gsd", "zh_gsdsimp",
+    "da_ddt", "en_ewt", "hr_set", "nno_norne", "nob_norne", "pt_bosque", "sk_snk", "sr_set", "sv_talbanken",
+    "zh_gsd", "zh_gsdsimp",
 )
+SPLITS = {  # a split in a file's name: train, dev or test
+    "train": "train", "dev": "dev", "valid": "dev", "validation": "dev", "val": "dev", "testa": "dev",
+    "test": "test", "testb": "test",
+}
 # Written to each result, so that only results under the same settings are compared
 SETTINGS = ("shots", "label", "bidirectional", "lr", "epochs", "patience", "batch_size")
 
@@ -75,7 +83,8 @@ class Config:
     train: str = "en_ewt"  # treebanks to fine-tune on, comma-separated, or all; en_ewt:dev: its dev split
     test: str = "all"  # treebanks to score, comma-separated, or all; en_ewt:dev: its dev split
     mode: str = "full"  # full; head: frozen backbone; majority: no model, the most frequent tag of each word
-    data: str = "data/uner"  # folder of <treebank>-ud-<split>.iob2 files; missing ones are downloaded into it
+    data: str = "data/uner"  # folder of .iob2 or CoNLL files; Universal NER's are downloaded where missing
+    tags: str = ""  # entity types, comma-separated, others are O; empty: Universal NER's, or those of train
     seeds: int = 1  # fine-tuning runs, seeded 1, 2, ...: initial head, order of batches, choice of shots
     shots: str = "0"  # sentences to fine-tune on, drawn from all training treebanks; 0: all; or 8,32,128
     epochs: int = 10  # at most; the learning rate falls linearly to 0 over them
@@ -110,39 +119,57 @@ class Config:
 # ---- treebanks ----
 
 
-def read_iob2(path):
-    """The sentences of a treebank file: pairs (words, tags) of equally long lists, with tags from TAGS.
+def read_treebank(path, types=None):
+    """The sentences of a file: pairs (words, tags) of equally long lists, tags O, B-TYPE or I-TYPE.
 
-    Tags of the fourth published type, OTH, are read as O, and so are B-O and I-O, slips in those files, and
-    the - of Norwegian ones.
-    Raises UserError for a file that cannot be read, and for a malformed line with its number.
+    Rows are id, word, tag and more, as in Universal NER, if the first has the id 1 and three columns or more;
+    else, as in CoNLL's files, a word, perhaps more, and last its tag. Tabs separate them or, if the first row
+    has none, blanks. B-O and I-O, slips in published files, and the - of Norwegian ones are read as O.
+    types: those that may occur; None: any. Raises UserError for a file that cannot be read, and for a
+    malformed line or another type with its number.
     """
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
-    sentences, words, tags = [], [], []
     # Not splitlines(): it also splits at characters that occur inside words. The "" ends the last sentence.
-    for number, line in enumerate([*text.split("\n"), ""], 1):
-        line = line.rstrip("\r")
-        if line.startswith("#"):
-            continue
-        if not line.strip():
+    lines = [line.rstrip("\r\t ") for line in [*text.split("\n"), ""]]
+    first = next((line for line in lines if line and not line.startswith(("#", "-DOCSTART-"))), "")
+    separator = "\t" if "\t" in first else " +"
+    n_columns = len(re.split(separator, first))
+    has_ids = n_columns > 2 and re.match(f"1{separator}", first)
+
+    sentences, words, tags = [], [], []
+    for number, line in enumerate(lines, 1):
+        if not line or line.startswith("-DOCSTART-"):
             if words:
                 sentences.append((words, tags))
                 words, tags = [], []
             continue
-        columns = line.split("\t")
-        tag = columns[2].strip() if len(columns) > 2 else ""
-        if "OTH" in tag or tag in ("B-O", "I-O", "-"):
-            tag = "O"
-        if tag not in TAGS or not columns[1]:
-            raise UserError(
-                f"{path}, line {number}: expected id, word and one of {' '.join(TAGS)} or *-OTH, "
-                f"separated by tabs, got {line[:100]!r}"
-            )
-        words.append(columns[1])
+        columns = re.split(separator, line)
+        word, tag = columns[1:3] if has_ids and len(columns) > 2 else (columns[0], columns[-1])
+        tag = "O" if tag.strip() in ("B-O", "I-O", "-") else tag.strip()
+        is_row = word and len(columns) > (2 if has_ids else 1) and re.fullmatch("O|[BI]-.+", tag)
+        # Where rows have no ids, # may also begin a word.
+        if line.startswith("#") and (has_ids or not is_row or len(columns) != n_columns):
+            continue
+        if not is_row:
+            row = "id, word and tag" if has_ids else "a word and, last, its tag"
+            between = "tabs" if separator == "\t" else "blanks"
+            raise UserError(f"{path}, line {number}: expected {row} (O, B-TYPE or I-TYPE), "
+                            f"separated by {between}, got {line[:100]!r}")
+        if tag != "O" and types is not None and tag[2:] not in types:
+            raise UserError(f"{path}, line {number}: {tag} is none of the types {', '.join(types)}; "
+                            "--tags lists those that count and reads others as O")
+        words.append(word)
         tags.append(tag)
+    return sentences
+
+
+def read_iob2(path):
+    """The sentences of a treebank of Universal NER, with its fourth type, OTH, read as O."""
+    sentences = read_treebank(path, (*TYPES, "OTH"))
+    keep_types(sentences, TYPES)
     return sentences
 
 
@@ -157,6 +184,22 @@ class MissingTreebank(UserError):
         self.is_offline = is_offline
 
 
+def local_files(folder):
+    """{(treebank, split): [path, ...]} of what `folder` and the folders in it hold.
+
+    Universal NER's are <treebank>-ud-<split>.iob2. Others are <name>-<split>, <name>.<split>, <name>_<split>
+    or, named after their folder, <split>, and end in .iob2, .conll, .bio, .iob, .tsv, .txt or nothing.
+    """
+    files = defaultdict(list)
+    for path in sorted([*Path(folder).glob("*"), *Path(folder).glob("*/*")]):
+        match = re.fullmatch(
+            rf"(?:(.+?)(?:-ud-|[-._]))?({'|'.join(SPLITS)})(?:\.(?:iob2|conll|bio|iob|tsv|txt))?", path.name
+        )
+        if match and path.is_file():
+            files[match[1] or path.parent.resolve().name, SPLITS[match[2]]].append(path)
+    return dict(files)
+
+
 def find_treebank(treebank, split, folder):
     """The path of a treebank's split in `folder`, downloaded if it is missing.
 
@@ -165,16 +208,23 @@ def find_treebank(treebank, split, folder):
     path = Path(folder, f"{treebank}-ud-{split}.iob2")
     if path.exists():
         return path
+    files = local_files(folder)
+    found = files.get((treebank, SPLITS.get(split)), [])
+    require(len(found) < 2, f"{' and '.join(map(str, found))} are both {treebank}:{split}: keep one of them")
+    if found:
+        return found[0]
     if treebank not in REPOSITORIES:
-        near = difflib.get_close_matches(treebank, REPOSITORIES, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(REPOSITORIES)}"
+        known = [*REPOSITORIES, *dict.fromkeys(name for name, _ in files if name not in REPOSITORIES)]
+        near = difflib.get_close_matches(treebank, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
         raise UserError(f"{path} does not exist, and {treebank!r} is not a treebank of Universal NER; {hint}")
     if split not in ("train", "dev", "test"):
         raise UserError(f"{treebank}:{split}: the splits are train, dev and test")
     if split != "test" and treebank not in TRAINABLE:
         names = ", ".join(TRAINABLE)
         raise UserError(f"{treebank} has no {split} split, only test; those with one are {names}")
-    download(f"{SERVER}/{REPOSITORIES[treebank]}/{path.name}", path)
+    source = REPOSITORIES[treebank]
+    download(f"{SERVER}/{source if source.endswith('.iob2') else f'{source}/{path.name}'}", path)
     return path
 
 
@@ -188,7 +238,7 @@ def download(url, path):
             content = response.read()
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(content)
-        if not read_iob2(partial):  # raises UserError for other content, such as a network's login page
+        if not read_treebank(partial):  # raises UserError for other content, such as a network's login page
             raise UserError("the file is empty")
         os.replace(partial, path)
     except (OSError, http.client.HTTPException, UserError) as error:  # urllib's errors are OSErrors
@@ -220,11 +270,13 @@ def resolve(names, split, folder):
 def find_all(split, folder):
     """{treebank: path} of the published treebanks with this split and of any others in `folder`.
 
-    A note names those that cannot be downloaded. Raises MissingTreebank if no treebank is left.
+    If it holds other data only, none named as Universal NER's, then of these alone. A note names those that
+    cannot be downloaded. Raises UserError if no treebank is left.
     """
-    suffix = f"-ud-{split}.iob2"
-    local = {path.name.removesuffix(suffix) for path in Path(folder).glob(f"*{suffix}")}
-    published = REPOSITORIES if split == "test" else TRAINABLE
+    files = local_files(folder)
+    local = {treebank for treebank, of_split in files if of_split == split}
+    is_other = files and not any("-ud-" in path.name for paths in files.values() for path in paths)
+    published = () if is_other else REPOSITORIES if split == "test" else TRAINABLE
     paths, errors, offline_error = {}, {}, None
     for treebank in sorted(local.union(published)):
         if offline_error and treebank not in local:  # one time-out is enough
@@ -232,10 +284,12 @@ def find_all(split, folder):
             continue
         try:
             paths[treebank] = find_treebank(treebank, split, folder)
-        except MissingTreebank as error:
+        except UserError as error:
             errors[treebank] = error
-            if error.is_offline:
+            if isinstance(error, MissingTreebank) and error.is_offline:
                 offline_error = error
+    require(paths or errors, f"{folder} has no {split} split: it holds "
+                             f"{', '.join(str(path) for of_split in files.values() for path in of_split)}")
     if errors:
         first_error = next(iter(errors.values()))
         if not paths:
@@ -248,10 +302,10 @@ def find_all(split, folder):
 
 
 def choose_sentences(cfg):
-    """(train, dev, {test: sentences}) as --train and --test name them; the best epoch is chosen on dev.
+    """(train, dev, {test: sentences}, types) as --train, --test and --tags name them.
 
-    dev holds the dev splits of the training treebanks. For a treebank without one, and for names like
-    en_ewt:dev, every tenth training sentence is held out instead.
+    The best epoch is chosen on dev, which holds the dev splits of the training treebanks. For a treebank
+    without one, and for names like en_ewt:dev, every tenth training sentence is held out instead.
     """
     train_paths = resolve(cfg.train, "train", cfg.data)
     test_paths = resolve(cfg.test, "test", cfg.data)
@@ -263,16 +317,18 @@ def choose_sentences(cfg):
         f"{repeated} would be used twice (to train, choose the epoch or score): change --train or --test",
     )
 
+    of_train = {name: read_treebank(path) for name, path in train_paths.items()}
+    types = choose_types(cfg.tags, of_train)
+    readable = None if cfg.tags else (*TYPES, "OTH") if types == TYPES else types
     train, dev = [], []
-    for name, path in train_paths.items():
-        sentences = read_iob2(path)
+    for name, sentences in of_train.items():
         if dev_paths[name]:
             train += sentences
-            dev += read_iob2(dev_paths[name])
+            dev += read_treebank(dev_paths[name], readable)
         else:
             train += [sentence for i, sentence in enumerate(sentences) if i % 10 != 9]
             dev += sentences[9::10]
-    tests = read_tests(test_paths, cfg.test == "all")
+    tests = read_tests(test_paths, readable, cfg.test == "all")
 
     shots = max(cfg.shot_counts)
     require(
@@ -284,11 +340,42 @@ def choose_sentences(cfg):
         f"{cfg.train} gives {len(train)} sentences to train on and {len(dev)} to choose the epoch on: see "
         f"the files in {cfg.data} (without a dev split, every tenth training sentence is held out)",
     )
-    return train, dev, tests
+    ignored = Counter()
+    for sentences in (train, dev, *tests.values()):
+        ignored += keep_types(sentences, types)
+    if cfg.tags and ignored:
+        counts = ", ".join(f"{name} ({n:,} words)" for name, n in sorted(ignored.items()))
+        print(f"note      read as O, since --tags={cfg.tags} leaves them out: {counts}", flush=True)
+    return train, dev, tests, types
 
 
-def read_tests(paths, skip_unusable):
-    """{test: sentences} of the treebanks to score.
+def choose_types(tags, of_train):
+    """The entity types that `tags` (--tags) lists or, if empty, those of the training sentences.
+
+    Of files with none beside Universal NER's, these are TYPES.
+    """
+    sentences = itertools.chain.from_iterable(of_train.values())
+    found = {tag[2:] for _, tags in sentences for tag in tags if tag != "O"}
+    types = tuple(dict.fromkeys(filter(None, map(str.strip, tags.split(",")))))
+    unknown = [name for name in types if name not in found]
+    require(not unknown, f"tags: {', '.join(unknown)} does not occur in {', '.join(of_train)}; "
+                         f"the types there are {', '.join(sorted(found)) or 'none'}")
+    return types or (TYPES if found <= {*TYPES, "OTH"} else tuple(sorted(found)))
+
+
+def keep_types(sentences, types):
+    """Turns other tags than O and those of `types` into O, in place: {type: words} of what they were."""
+    ignored = Counter()
+    for _, tags in sentences:
+        for i, tag in enumerate(tags):
+            if tag != "O" and tag[2:] not in types:
+                ignored[tag[2:]] += 1
+                tags[i] = "O"
+    return ignored
+
+
+def read_tests(paths, types, skip_unusable):
+    """{test: sentences} of the treebanks to score; types: that may occur there, as of `read_treebank`.
 
     Raises UserError for one that cannot be read or is empty or, if `skip_unusable`, only where none is left;
     a note names each that is left out.
@@ -296,7 +383,7 @@ def read_tests(paths, skip_unusable):
     tests, errors = {}, []
     for name, path in paths.items():
         try:
-            sentences = read_iob2(path)
+            sentences = read_treebank(path, types)
             require(sentences, f"{path} has no sentences to score: fetch it again or leave it out of --test")
             tests[name] = sentences
         except UserError as error:
@@ -314,7 +401,7 @@ def find_dev(name, folder):
     treebank, _, split = name.partition(":")
     if split not in ("", "train"):
         return None
-    if treebank in REPOSITORIES or Path(folder, f"{treebank}-ud-dev.iob2").exists():
+    if treebank in REPOSITORIES or (treebank, "dev") in local_files(folder):
         return find_treebank(treebank, "dev", folder)
     return None
 
@@ -345,11 +432,12 @@ def spans(tags, strict=False):
     return result
 
 
-def span_f1(true, pred, strict=False):
+def span_f1(true, pred, strict=False, types=TYPES):
     """Micro-averaged span scores of tags `pred` against `true`: lists of sentences, which are lists of tags.
 
-    Returns {"f1", "precision", "recall", "per_type": {type: the same and "support"}}; 0 where a ratio has no
-    denominator. Equals seqeval by default (as CoNLL's script) or, if `strict`, its mode="strict" with IOB2.
+    Returns {"f1", "precision", "recall", "per_type": {type: the same and "support"}}, with `types` even where
+    they do not occur; 0 where a ratio has no denominator. Equals seqeval by default (as CoNLL's script) or,
+    if `strict`, its mode="strict" with IOB2.
     """
     n_true, n_pred, n_correct = Counter(), Counter(), Counter()
     for true_tags, pred_tags in zip(true, pred, strict=True):
@@ -371,7 +459,7 @@ def span_f1(true, pred, strict=False):
 
     total = scores(n_true.keys() | n_pred.keys())
     del total["support"]
-    return total | {"per_type": {name: scores([name]) for name in sorted({*TYPES, *n_true, *n_pred})}}
+    return total | {"per_type": {name: scores([name]) for name in sorted({*types, *n_true, *n_pred})}}
 
 
 # ---- words and sub-tokens ----
@@ -431,13 +519,16 @@ def window_bounds(offsets, context):
 class Treebank:
     """Sentences, their windows, and their tags as numbers (W,).
 
+    tag_names: what the numbers stand for, O and then B- and I- of each type.
     features: (W, D) from `cache_features` where the backbone is frozen, else None.
     """
 
-    def __init__(self, sentences, tokenizer, context, label):
-        self.sentences = sentences
+    def __init__(self, sentences, tokenizer, context, label, types=TYPES):
+        self.sentences, self.types = sentences, types
         self.windows = cut(sentences, tokenizer, context, label)
-        self.tags = torch.tensor([TAGS.index(tag) for _, tags in sentences for tag in tags])
+        self.tag_names = ["O", *(f"{prefix}-{name}" for name in types for prefix in "BI")]
+        number = {tag: i for i, tag in enumerate(self.tag_names)}
+        self.tags = torch.tensor([number[tag] for _, tags in sentences for tag in tags])
         self.features = None
 
     def score(self, predicted):
@@ -447,8 +538,9 @@ class Treebank:
             raise ValueError(f"{n_tagged} words were tagged, the treebank has {len(self.tags)}")
         remaining = iter(predicted.tolist())
         true = [tags for _, tags in self.sentences]
-        pred = [[TAGS[next(remaining)] for _ in words] for words, _ in self.sentences]
-        return span_f1(true, pred) | {"f1_strict": span_f1(true, pred, strict=True)["f1"]}
+        pred = [[self.tag_names[next(remaining)] for _ in words] for words, _ in self.sentences]
+        strict = span_f1(true, pred, strict=True)
+        return span_f1(true, pred, types=self.types) | {"f1_strict": strict["f1"]}
 
 
 def batches(windows, size, generator=None):
@@ -510,7 +602,7 @@ def cache_features(decoder, treebank, cfg, dtype):
 
 
 def logits(decoder, head, treebank, batch, cfg, dtype):
-    """The logits (n, 7) of the tags of a batch's words."""
+    """The logits (n, number of tags) of a batch's words."""
     if treebank.features is not None:
         return head(treebank.features[word_numbers(batch).to(treebank.features.device)])
     return head(read_words(decoder, batch, cfg.bidirectional, dtype).float())
@@ -535,17 +627,18 @@ def majority(train, test):
     for words, tags in train.sentences:
         for word, tag in zip(words, tags):
             counts[word][tag] += 1
-    most_frequent = {word: TAGS.index(count.most_common(1)[0][0]) for word, count in counts.items()}
-    outside = TAGS.index("O")
-    return torch.tensor([most_frequent.get(word, outside) for words, _ in test.sentences for word in words])
+    number = train.tag_names.index
+    most_frequent = {word: number(count.most_common(1)[0][0]) for word, count in counts.items()}
+    words = itertools.chain.from_iterable(words for words, _ in test.sentences)
+    return torch.tensor([most_frequent.get(word, number("O")) for word in words])
 
 
 # ---- fine-tuning ----
 
 
-def new_head(width, generator):
-    """A linear head (width, 7) with weights from N(0, 0.02^2) and biases 0."""
-    head = nn.Linear(width, len(TAGS))
+def new_head(width, n_tags, generator):
+    """A linear head (width, n_tags) with weights from N(0, 0.02^2) and biases 0."""
+    head = nn.Linear(width, n_tags)
     nn.init.normal_(head.weight, std=0.02, generator=generator)
     nn.init.zeros_(head.bias)
     return head
@@ -559,7 +652,7 @@ def fine_tune(decoder, train, dev, cfg, seed, dtype, log):
     """
     device = decoder.lm_head.weight.device
     generator = torch.Generator().manual_seed(seed)
-    head = new_head(decoder.cfg.d_model, generator).to(device)
+    head = new_head(decoder.cfg.d_model, len(train.tag_names), generator).to(device)
     trained = nn.ModuleList([head] if cfg.mode == "head" else [head, decoder.model])
     optimizer = torch.optim.AdamW(trained.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True)
     total_steps = cfg.epochs * math.ceil(len(train.windows) / cfg.batch_size)
@@ -626,28 +719,16 @@ def train_tagger(decoder, train, dev, cfg, seed, dtype, log):
 
 def cell(values):
     """The mean of scores and, of several, their sample standard deviation: "12.3 ± 4.5", in percent."""
-    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * statistics.mean(values):.1f}{spread}"
+    return mean_std([100 * value for value in values], ".1f")
 
 
-def markdown(rows):
-    """Rows of texts, the first a heading, as an aligned Markdown table."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    texts = []
-    for first, *others in [rows[0], rule, *rows[1:]]:
-        cells = [first.ljust(widths[0]), *(text.rjust(width) for text, width in zip(others, widths[1:]))]
-        texts.append(f"| {' | '.join(cells)} |")
-    return "\n".join(texts)
-
-
-def table(results):
+def table(results, types=TYPES):
     """{test: [result of each seed]} as a Markdown table: percent, mean ± sample standard deviation."""
-    rows = [["test", "precision", "recall", "F1", *(f"F1 {name}" for name in TYPES), "spans"]]
+    rows = [["test", "precision", "recall", "F1", *(f"F1 {name}" for name in types), "spans"]]
     for test, lines in results.items():
         overall = [cell([line[key] for line in lines]) for key in ("precision", "recall", "f1")]
-        per_type = [cell([line["per_type"][name]["f1"] for line in lines]) for name in TYPES]
-        support = sum(lines[0]["per_type"][name]["support"] for name in TYPES)
+        per_type = [cell([line["per_type"][name]["f1"] for line in lines]) for name in types]
+        support = sum(lines[0]["per_type"][name]["support"] for name in types)
         rows.append([test, *overall, *per_type, str(support)])
     return markdown(rows)
 
@@ -660,7 +741,7 @@ def table_by_shots(results):
     return markdown(rows)
 
 
-def summary(cfg, results):
+def summary(cfg, results, types):
     """The tables of {shots: {test: [result of each seed]}} under their titles."""
     def title(sentences):
         seeds = f", mean ± standard deviation of {cfg.seeds} seeds" if cfg.seeds > 1 else ""
@@ -668,7 +749,7 @@ def summary(cfg, results):
 
     parts = []
     for shots, tests in results.items():
-        parts += [title(f" ({shots} sentences)" if shots else ""), table(tests)]
+        parts += [title(f" ({shots} sentences)" if shots else ""), table(tests, types)]
     if len(results) > 1:
         parts += [title(", by number of sentences"), table_by_shots(results)]
     return "\n\n".join(parts)
@@ -713,7 +794,7 @@ def check_writable(path):
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
-def print_header(path, decoder, device, dtype, cfg, train, dev, tests):
+def print_header(path, decoder, device, dtype, cfg, train, dev, tests, types):
     n_parameters = sum(p.numel() for p in decoder.parameters())
     n_words = sum(len(words) for words, _ in train)
     print(f"model     {path}: {n_parameters:,} parameters; {device}, {str(dtype).removeprefix('torch.')}")
@@ -722,6 +803,9 @@ def print_header(path, decoder, device, dtype, cfg, train, dev, tests):
         f"dev {len(dev):,} sentences; test {', '.join(tests)}",
         flush=True,
     )
+    if types != TYPES:
+        origin = "from --tags" if cfg.tags else "found in train"
+        print(f"tags      {origin}: {', '.join(types)}", flush=True)
     if any(cfg.shot_counts) and cfg.mode != "majority":
         print(
             f"note      --shots draws from train only: the epoch is chosen on all {len(dev):,} dev sentences",
@@ -737,11 +821,11 @@ def main(argv):
     tokenizer = load_tokenizer(path.parent, decoder.cfg.vocab_size)
     results_path = path.with_name("ner.jsonl")
     check_writable(results_path)
-    train, dev, tests = choose_sentences(cfg)
-    print_header(path, decoder, device, dtype, cfg, train, dev, tests)
+    train, dev, tests, types = choose_sentences(cfg)
+    print_header(path, decoder, device, dtype, cfg, train, dev, tests, types)
 
     def prepare(sentences):
-        treebank = Treebank(sentences, tokenizer, decoder.cfg.context, cfg.label)
+        treebank = Treebank(sentences, tokenizer, decoder.cfg.context, cfg.label, types)
         if cfg.mode == "head":
             cache_features(decoder, treebank, cfg, dtype)
         return treebank
@@ -754,6 +838,8 @@ def main(argv):
         print(f"features  of all words, computed once: {time.perf_counter() - start:.1f} s", flush=True)
 
     run = {"checkpoint": str(path), "step": step, "mode": cfg.mode, "train": cfg.train.replace(" ", "")}
+    if types != TYPES:
+        run["tags"] = ",".join(types)
     results = {}  # {shots: {test: [result of each seed]}}
     for shots in cfg.shot_counts:
         if len(cfg.shot_counts) > 1:
@@ -775,7 +861,7 @@ def main(argv):
                 totals = {key: scores[key] for key in ("f1", "precision", "recall")}
                 send({"step": 0} | {f"ner/seed{seed}/{name}/{key}": value for key, value in totals.items()})
         finish()
-    print(f"\n{summary(cfg, results)}\n\nfiles     {results_path}", flush=True)
+    print(f"\n{summary(cfg, results, types)}\n\nfiles     {results_path}", flush=True)
 
 
 if __name__ == "__main__":

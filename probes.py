@@ -1,6 +1,7 @@
 """What the representations look like while they train: effective rank and attention entropy.
 
-    python probes.py out/demo        # measures the checkpoints of a run again, one JSON line each
+    python probes.py out/demo                       # measures a run's checkpoints again, one JSON line each
+    python probes.py out/demo --data=/mnt/corpus    # on data that moved since, or on other data
 
 train.py measures them during a run, without leaving a trace, and writes them to out_dir/probes.jsonl:
 rank/<v_proj|o_proj|down_proj|resid>/<layer>; entropy/<layer>/<head>, normalised;
@@ -9,14 +10,20 @@ probe is a line in `measure`; named <what>/<layer>, it gets a panel and its phas
 """
 import json
 import math
-import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 import checkpoint
 import config
 import data
-from config import UserError
+from config import UserError, require
+
+
+@dataclass(frozen=True)
+class Config:
+    data: str = ""  # folder of the bins to measure on; empty: the one that the run was trained on
 
 
 def effective_rank(x, proportional=False):
@@ -102,15 +109,22 @@ def measure(decoder, ids):
 
 
 def main(argv):
-    if len(argv) != 1 or argv[0].startswith("-"):
-        sys.exit(__doc__.strip())
-    paths = checkpoint.paths(argv[0])
+    given, flags = config.operands(argv)
+    folder = config.load(Config, flags, __doc__).data
+    require(len(given) == 1, "name one run's folder, for instance out/demo; got "
+                             f"{', '.join(given) or 'none'}")
+    paths = checkpoint.paths(given[0])
     if not paths:
-        raise UserError(f"no checkpoint in {argv[0]}: a run writes ckpt_*.pt there")
+        raise UserError(f"no checkpoint in {given[0]}: a run writes ckpt_*.pt there")
     for path in paths:
         state = checkpoint.read(path)
         cfg = state["config"]
-        ids = fixed_batch(data.open_corpus(cfg["data"])[1], cfg["d_model"], cfg["context"])
+        source = folder or cfg["data"]
+        require(folder or Path(source).is_dir(), f"no data at {source}, where {path} was trained: "
+                                                 "name the folder that holds it now, --data=FOLDER")
+        ids = fixed_batch(data.open_corpus(source)[1], cfg["d_model"], cfg["context"])
+        require(ids.max() < cfg["vocab_size"], f"{source} holds token id {ids.max()}, {path} has "
+                f"{cfg['vocab_size']}: name data prepared with the run's tokenizer, --data=FOLDER")
         metrics = measure(checkpoint.load_model(state), ids)
         print(json.dumps({"step": state["step"], "tokens": state["tokens"]} | metrics), flush=True)
 

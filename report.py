@@ -4,6 +4,7 @@
     python report.py out/hybrid out/vanilla           # two groups of one run each; the second is the baseline
     python report.py out/hybrid out/vanilla --brief   # the figure in one row, for a README or a slide
     python report.py out/hybrid-1,out/hybrid-2 out/vanilla-1,out/vanilla-2 --out=out/seeds  # two runs a group
+    python report.py "out/lr=1,2;out/lr=1,3" "--separator=;"   # two runs whose paths hold a comma
 
 Writes OUT.md and OUT.png. Reads each run's log.jsonl and, if present, config.json, probes.jsonl, ner.jsonl.
 Groups with runs of the same seeds are compared pair by pair: such runs start from the same weights and read
@@ -44,7 +45,7 @@ LABELS = {  # of the curves that train.py writes, in the order in which they are
 }
 NOT_SHOWN = ("entropy_nats",)  # `entropy` in another unit
 # Two NER results that agree in these can be compared.
-NER_KEY = ("mode", "train", "test", "shots", "label", "bidirectional", "lr", "epochs", "patience",
+NER_KEY = ("mode", "train", "test", "tags", "shots", "label", "bidirectional", "lr", "epochs", "patience",
            "batch_size", "sentences")
 RISE_AND_FALL = "diversify-then-compress"
 MIN_POINTS = 8  # that a curve needs for its phases
@@ -55,6 +56,10 @@ class Config:
     out: str = "report"  # path of the report without its ending; OUT.md and OUT.png are written
     brief: bool = False  # True: the figure is one row of at most three panels
     mixed: bool = False  # True: show what averaging query losses into the training loss makes of it
+    separator: str = ","  # between the runs of a group: another one where a path holds a comma
+
+    def __post_init__(self):
+        require(self.separator, "separator must not be empty")
 
 
 # ---- reading runs ----
@@ -90,7 +95,7 @@ def read_run(folder):
     log = read_jsonl(folder / "log.jsonl", "step")
     require(any("val/loss" in line for line in log),
             f"{folder} holds no run with a validation loss in log.jsonl: "
-            "name a folder that train.py wrote to")
+            "name a folder that train.py wrote to; --separator is for paths that hold a comma")
     try:
         settings = dict(json.loads((folder / "config.json").read_text()))
     except (OSError, ValueError, TypeError):
@@ -499,10 +504,10 @@ def answer(groups, names):
 def ner_items(groups):
     """A line for each way of fine-tuning: the runs' mean F1 over the treebanks that all were scored on."""
     scores = defaultdict(list)
-    for (mode, train, _, shots, *rest), of_groups in ner_scores(groups):
+    for (mode, train, _, tags, shots, *rest), of_groups in ner_scores(groups):
         is_complete = [len(of_group) for of_group in of_groups] == [len(runs) for runs in groups]
         if mode != "majority" and is_complete:
-            scores[mode, train, shots, *rest].append(of_groups)
+            scores[mode, train, shots, tags, *rest].append(of_groups)
     items = []
     for (mode, train, shots, *_), tests in scores.items():
         means = [np.mean([of_groups[i] for of_groups in tests], axis=0) for i in range(2)]  # (runs,) each
@@ -665,7 +670,7 @@ def universal_ner(groups, names):
         settings[mode, train, *rest].append((test, scores))
     paragraphs = []
     for (mode, train, *rest), tests in settings.items():
-        options = ", ".join(f"{name} {value}" for name, value in zip(NER_KEY[3:7], rest) if value)
+        options = ", ".join(f"{name} {value}" for name, value in zip(NER_KEY[3:8], rest) if value)
         rows = [row for test, scores in tests for row in compared(test, scores, ".1f")]
         paragraphs += [f"## Universal NER, {mode}, trained on {train} ({options})",
                        "Span F1 in percent; of each run the mean over fine-tuning seeds.",
@@ -981,7 +986,7 @@ def group_names(groups):
     names = []
     for folders in groups:
         first = Path(folders[0]).resolve()
-        without_number = re.sub(r"[-_.]?\d+$", "", first.name) or first.parent.name
+        without_number = re.sub(r"[-_.,]?\d+$", "", first.name) or first.parent.name
         names.append(first.name if len(folders) == 1 else without_number)
     return names if len(set(names)) == len(names) else [",".join(map(str, folders)) for folders in groups]
 
@@ -1010,7 +1015,7 @@ def write(groups, out, brief=False, mixed=False):
 def main(argv):
     given, flags = config.operands(argv)
     cfg = config.load(Config, flags, __doc__)
-    groups = [[folder for folder in arg.split(",") if folder] for arg in given]
+    groups = [[folder for folder in arg.split(cfg.separator) if folder] for arg in given]
     out = re.sub(r"\.(md|png)$", "", cfg.out)
     text = write(groups, out, cfg.brief, cfg.mixed)
     print(text.split("## Phases of")[0].rstrip() + "\n")

@@ -3,6 +3,7 @@ import base64
 import itertools
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, TOY_VOCAB
+from conftest import SHARED, TOY_VOCAB, refuses
 from seqeval.metrics import classification_report, f1_score, precision_score, recall_score
 from seqeval.scheme import IOB2
 
@@ -22,11 +23,12 @@ import checkpoint
 import data
 import eval_ner
 from config import UserError
-from eval_ner import TAGS, TYPES
+from eval_ner import TYPES
 from model import Decoder, ModelConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-UNER = SHARED / "uner"
+TAGS = ["O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC"]
+UNER, CASES = SHARED / "uner", SHARED / "cases"
 shared = pytest.mark.skipif(not UNER.exists(), reason=f"no treebanks in {UNER}")
 MODEL = ModelConfig(d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=TOY_VOCAB + 6, context=24)
 
@@ -93,7 +95,7 @@ def evaluate(run, treebanks, *flags):
 
 def read_split(treebanks, name):
     """The sentences of, for instance, "one-ud-dev"."""
-    return eval_ner.read_iob2(treebanks / f"{name}.iob2")
+    return eval_ner.read_treebank(treebanks / f"{name}.iob2")
 
 
 def load_treebank(treebanks, name, tokenizer):
@@ -116,7 +118,9 @@ def test_reads_every_form_of_the_published_files(tmp_path):
         "1\t#\tO\n2\ta\u2028b\x85c\tB-OTH\n3\td\tI-OTH\n4\te\tB-O\n5\tf\tI-LOC\n"
         "# comment\n6\tg\tI-O\n\n# the end"
     ).encode())
-    assert eval_ner.read_iob2(path) == [
+    sentences = eval_ner.read_treebank(path)
+    assert eval_ner.keep_types(sentences, TYPES) == {"OTH": 2}
+    assert sentences == [
         (["国际", "北极", "。"], ["B-ORG", "I-ORG", "O"]),
         (["Обамы", "20 000"], ["B-PER", "O"]),
         (["#", "a\u2028b\x85c", "d", "e", "f", "g"], ["O", "O", "O", "O", "I-LOC", "O"]),
@@ -127,7 +131,49 @@ def test_a_dash_is_read_as_outside(tmp_path):
     """The Norwegian treebanks have it where the fourth column holds a tag that does not count here."""
     path = tmp_path / "a.iob2"
     path.write_text("1\tEU-møte\t-\tB-DRV\t-\n2\ti\tO\t-\t-\n3\tHamar\tB-LOC\t-\t-\n4\tnå\t-\n")
-    assert eval_ner.read_iob2(path) == [(["EU-møte", "i", "Hamar", "nå"], ["O", "O", "B-LOC", "O"])]
+    assert eval_ner.read_treebank(path) == [(["EU-møte", "i", "Hamar", "nå"], ["O", "O", "B-LOC", "O"])]
+
+
+@pytest.mark.shared
+@pytest.mark.skipif(not CASES.exists(), reason=f"no cases in {CASES}")
+def test_the_dash_of_the_shared_cases():
+    sentences = eval_ner.read_treebank(CASES / "xx_dash-ud-test.iob2", TYPES)
+    assert (len(sentences), sum(len(words) for words, _ in sentences)) == (60, 260)
+    assert {tag for _, tags in sentences for tag in tags} == {"O", "B-PER", "I-PER", "B-ORG", "B-LOC"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Anna B-PER\nin O\n\n\n#MeToo B-EVENT\n# O\n",
+        "-DOCSTART- O\n\nAnna  B-PER \r\nin O\r\n\r\n#MeToo B-EVENT\n# O\n",
+        "-DOCSTART- -X- O O\n\nAnna NNP B-NP B-PER\nin IN B-PP O\n\n#MeToo NN B-NP B-EVENT\n# SYM I-NP O",
+        "-DOCSTART-\nAnna\tB-PER\nin\tO\n-DOCSTART-\n#MeToo\tB-EVENT\t\n#\t-\n\n",
+        "# id 7 domain=en\nAnna _ _ B-PER\nin _ _ O\n\n# id 8 domain=en\n#MeToo _ _ B-EVENT\n# _ _ O\n",
+        "# http://a.b [2009]\n1\tAnna\tB-PER\tB-X\n2\tin\tO\tO\n\n1\t#MeToo\tB-EVENT\tO\n2\t#\tO\tO\n",
+        "1 Anna B-PER\n2 in O\n\n1 #MeToo B-EVENT\n2 # O\n",
+    ],
+    ids=["two columns", "CoNLL, line ends", "four columns", "tabs", "comments", "ids and nested tags", "ids"],
+)
+def test_reads_the_forms_of_conll_files(tmp_path, text):
+    """The word is first and the tag last, unless ids come first: 1 in the first row."""
+    path = tmp_path / "a.txt"
+    path.write_text(text)
+    assert eval_ner.read_treebank(path) == [
+        (["Anna", "in"], ["B-PER", "O"]), (["#MeToo", "#"], ["B-EVENT", "O"]),
+    ]
+
+
+@pytest.mark.parametrize("line", ["Anna", "Anna PER", "Anna S-PER", " O", "Anna\tB-PER", "#MeToo O O"])
+def test_a_malformed_line_of_a_conll_file_is_named(tmp_path, line):
+    """But for what begins with # and is no row of as many columns: a comment."""
+    path = tmp_path / "a.conll"
+    path.write_text(f"ok O\n\n{line}\n")
+    if line.startswith("#"):
+        assert eval_ner.read_treebank(path) == [(["ok"], ["O"])]
+    else:
+        message = f"{path}, line 3: expected a word and, last, its tag (O, B-TYPE or I-TYPE), separated by"
+        refuses(lambda: eval_ner.read_treebank(path), f"{message} blanks", repr(line))
 
 
 @pytest.mark.parametrize(
@@ -138,12 +184,13 @@ def test_a_malformed_line_is_named(tmp_path, line):
     path = tmp_path / "a.iob2"
     path.write_text(f"# c\n1\tok\tO\n\n{line}\n")
     with pytest.raises(UserError) as error:
-        eval_ner.read_iob2(path)
+        eval_ner.read_treebank(path, TYPES)
     message = str(error.value)
-    assert f"{path}, line 4" in message and repr(line) in message and "\n" not in message
+    assert f"{path}, line 4" in message and "\n" not in message
+    assert ("B-MISC is none of the types PER, ORG, LOC;" if "MISC" in line else repr(line)) in message
     path.write_bytes(b"1\t\xff\tO\n")
     with pytest.raises(UserError, match="cannot read .*a.iob2"):
-        eval_ner.read_iob2(path)
+        eval_ner.read_treebank(path)
 
 
 # From the .stats files beside the treebanks: sentences, words, spans. Those of en_pud and tl_trg predate
@@ -180,9 +227,10 @@ def test_all_shared_files_are_read():
     for path in paths:
         lines = path.read_text().split("\n")
         rows = sum(bool(line) and not line.startswith("#") for line in lines)
-        sentences = eval_ner.read_iob2(path)
+        sentences = eval_ner.read_treebank(path)
         assert sum(len(words) for words, _ in sentences) == rows
-        assert all(len(words) == len(tags) > 0 and set(tags) <= set(TAGS) for words, tags in sentences)
+        assert all(len(words) == len(tags) > 0 for words, tags in sentences)
+        assert {tag for _, tags in sentences for tag in tags} <= {*TAGS, "B-OTH", "I-OTH"}
 
 
 # ---- span F1 ----
@@ -649,7 +697,7 @@ def test_all_leaves_out_a_file_that_cannot_be_read(run, treebanks, tmp_path, mon
     notes = [line for line in capsys.readouterr().out.splitlines() if "--test=all leaves out" in line]
     assert len(notes) == 3  # the first: what cannot be downloaded
     path = folder / "bad-ud-test.iob2"
-    assert notes[1].startswith(f"note      --test=all leaves out bad: {path}, line 1: expected id, word")
+    assert notes[1].startswith(f"note      --test=all leaves out bad: {path}, line 1: B-MISC is none of")
     assert notes[2].startswith("note      --test=all leaves out empty: ") and "no sentences" in notes[2]
 
     with pytest.raises(UserError, match="bad-ud-test.iob2, line 1"):
@@ -688,13 +736,113 @@ def test_an_unusable_run_is_refused_before_training(run, treebanks, toy, tmp_pat
 def test_help_lists_every_flag_and_errors_leave_with_1():
     out = subprocess.run([sys.executable, "eval_ner.py", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert out.returncode == 0
-    flags = "train test mode data seeds shots epochs lr batch_size label bidirectional".split()
+    flags = "train test mode data tags seeds shots epochs lr batch_size label bidirectional".split()
     for flag in flags:
         assert f"--{flag}=" in out.stdout
         line = out.stdout.split(f"--{flag}=")[1].split("\n")[0]
         assert line.strip().count(" ") > 3
     out = subprocess.run([sys.executable, "eval_ner.py", "no/such"], cwd=ROOT, capture_output=True, text=True)
     assert out.returncode == 1 and out.stderr == "error: no checkpoint at no/such\n"
+
+
+# ---- other data, with a tag set of its own ----
+
+
+@pytest.fixture
+def conll(treebanks, tmp_path):
+    """Treebank "one" as a folder of CoNLL files, "wnut", with PER called person and LOC called MISC."""
+    folder = tmp_path / "wnut"
+    folder.mkdir()
+    for split, name in (("train", "train.txt"), ("dev", "valid.txt"), ("test", "test.txt")):
+        lines = ["-DOCSTART- O", ""]
+        for words, tags in read_split(treebanks, f"one-ud-{split}"):
+            tags = [tag.replace("PER", "person").replace("LOC", "MISC") for tag in tags]
+            lines += [*map(" ".join, zip(words, tags)), ""]
+        (folder / name).write_text("\n".join(lines))
+    return folder
+
+
+def test_files_of_other_data_are_found_and_named(tmp_path):
+    expected = {
+        ("eng", "train"): "eng.train", ("eng", "dev"): "eng.testa", ("eng", "test"): "eng.testb",
+        ("hau", "train"): "hau/train.txt", ("hau", "dev"): "hau/dev.txt", ("hau", "test"): "hau/test.txt",
+        ("en", "dev"): "en-dev.conll", ("en_x", "test"): "en_x_test.tsv", ("da", "dev"): "da-ud-dev.iob2",
+        (tmp_path.name, "dev"): "validation.bio",
+    }
+    others = ["readme.txt", "contest.txt", "testing.txt", "a.test.partial", "hau/more/test.txt"]
+    for file in (*expected.values(), *others):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("a O\n")
+    assert eval_ner.local_files(tmp_path) == {key: [tmp_path / file] for key, file in expected.items()}
+    for (treebank, split), file in expected.items():
+        assert eval_ner.find_treebank(treebank, split, tmp_path) == tmp_path / file
+    (tmp_path / "hau" / "valid.txt").write_text("a O\n")
+    with pytest.raises(UserError, match="hau/dev.txt and .*hau/valid.txt are both hau:dev: keep one of them"):
+        eval_ner.find_treebank("hau", "dev", tmp_path)
+    with pytest.raises(UserError, match="'haus' is not a treebank of Universal NER; did you mean hau?"):
+        eval_ner.find_treebank("haus", "test", tmp_path)
+
+
+def test_the_types_of_other_data_are_found_told_and_scored(run, conll, capsys):
+    """--test=all means what such a folder holds: Universal NER's treebanks are not downloaded into it."""
+    results = evaluate(run, conll, "--train=wnut", "--test=all", "--seeds=2")
+    out = capsys.readouterr().out
+    assert "tags      found in train: MISC, ORG, person\n" in out and "download" not in out
+    assert "| F1 MISC | F1 ORG | F1 person | spans |" in re.sub(" +", " ", out)
+    assert [(result["test"], result["tags"]) for result in results] == [("wnut", "MISC,ORG,person")] * 2
+    for result in results:
+        assert result["f1"] > 0.9 and set(result["per_type"]) == {"MISC", "ORG", "person"}
+        assert all(scores["support"] > 0 for scores in result["per_type"].values())
+
+
+def test_other_data_with_the_types_of_universal_ner_gives_its_results(run, treebanks, conll, capsys):
+    """Same sentences, same tags, same numbers; no tags are recorded where they are the default."""
+    for path in conll.iterdir():
+        path.write_text(path.read_text().replace("-person", "-PER").replace("-MISC", "-LOC"))
+    for mode in ("head", "majority"):
+        flags = ("--epochs=2", f"--mode={mode}")
+        evaluate(run, treebanks, "--train=one", "--test=one", *flags)
+        flags += ("--train=wnut", "--test=wnut")
+        evaluate(run, conll, *flags)
+        ours, found, given = evaluate(run, conll, *flags, "--tags=PER, ORG,LOC")[-3:]
+        assert found == given == ours | {"train": "wnut", "test": "wnut"} and "tags" not in ours
+    assert "tags  " not in capsys.readouterr().out
+
+
+def test_tags_chooses_the_types_that_count(run, conll, capsys):
+    (result,) = evaluate(run, conll, "--train=all", "--test=all", "--mode=majority", "--tags=person,ORG")
+    assert result["tags"] == "person,ORG" and set(result["per_type"]) == {"person", "ORG"}
+    sentences = [read for name in ("train", "valid", "test")
+                 for read in eval_ner.read_treebank(conll / f"{name}.txt")]
+    n_misc = sum(tag.endswith("MISC") for _, tags in sentences for tag in tags)
+    out = capsys.readouterr().out
+    assert f"note      read as O, since --tags=person,ORG leaves them out: MISC ({n_misc} words)\n" in out
+    assert "tags      from --tags: person, ORG\n" in out
+
+
+def test_a_type_that_was_not_trained_on_ends_with_one_clear_line(run, treebanks, conll):
+    (conll / "test.txt").write_text("Anna B-person\n\nMay B-date\n")
+    for flags, message in (
+        (["--train=wnut"], f"{conll}/test.txt, line 3: B-date is none of the types MISC, ORG, person;"),
+        (["--train=wnut", "--tags=person,date"], "tags: date does not occur in wnut; the types there are M"),
+        (["--train=wnut:dev", "--test=wnut:train", "--tags=PER"], "tags: PER does not occur in wnut:dev"),
+    ):
+        with pytest.raises(UserError) as error:
+            evaluate(run, conll, "--test=wnut", "--mode=majority", *flags)
+        assert message in str(error.value) and "\n" not in str(error.value)
+    (conll / "test.txt").unlink()
+    with pytest.raises(UserError, match=f"{conll} has no test split: it holds {conll}/train.txt"):
+        evaluate(run, conll, "--train=wnut", "--mode=majority")
+
+
+def test_trained_on_universal_ner_other_data_is_scored_on_the_types_of_both(run, treebanks, conll):
+    shutil.copytree(treebanks, conll, dirs_exist_ok=True)
+    flags = ("--train=one", "--test=wnut", "--mode=majority")
+    with pytest.raises(UserError, match="test.txt, line .* is none of the types PER, ORG, LOC, OTH; --tags"):
+        evaluate(run, conll, *flags)
+    (result,) = evaluate(run, conll, *flags, "--tags=PER,ORG,LOC")
+    assert "tags" not in result and result["per_type"]["ORG"]["f1"] > 0.9
+    assert result["per_type"]["LOC"]["support"] == 0
 
 
 # ---- downloads ----
@@ -712,6 +860,10 @@ def server(treebanks, monkeypatch):
             if "Danish-DDT/main/da_ddt-ud-" in self.path:
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+            elif "Norwegian-NDT/master/nob_norne-ud-" in self.path or "ro_legalnero" in self.path:
+                self.send_response(200)
                 self.end_headers()
                 self.wfile.write(content)
             elif "en_pud" in self.path:  # breaks off
@@ -762,9 +914,19 @@ def test_a_missing_treebank_is_downloaded_once_and_whole(server, treebanks, tmp_
 
 def test_one_treebank_that_fails_does_not_keep_all_from_the_others(server, treebanks, tmp_path, capsys):
     """A 404 was taken for a dead network, and what the server did have was left out."""
-    assert list(eval_ner.resolve("all", "test", tmp_path)) == ["da_ddt"]
+    assert list(eval_ner.resolve("all", "test", tmp_path)) == ["da_ddt", "nob_norne", "ro_legalnero"]
     assert len(server) == len(eval_ner.REPOSITORIES)
     assert "--test=all leaves out ceb_gja, de_pud, en_ewt" in capsys.readouterr().out
+
+
+def test_the_norwegian_and_romanian_treebanks_are_known(server, tmp_path):
+    """The Romanian one is a single file, without splits: it is there to be scored."""
+    for treebank, split in (("nob_norne", "train"), ("ro_legalnero", "test")):
+        assert eval_ner.find_treebank(treebank, split, tmp_path) == tmp_path / f"{treebank}-ud-{split}.iob2"
+    assert server == ["/UNER_Norwegian-NDT/master/nob_norne-ud-train.iob2",
+                      "/UNER_Romanian-LegalNERo/master/ro_legalnero.iob2"]
+    with pytest.raises(UserError, match="ro_legalnero has no train split, only test"):
+        eval_ner.find_treebank("ro_legalnero", "train", tmp_path)
 
 
 def test_an_unusable_data_folder_ends_with_one_clear_line(server, tmp_path):
@@ -784,3 +946,10 @@ def test_without_a_network_all_means_the_local_treebanks(treebanks, tmp_path, mo
     url = "http://127.0.0.1:1/UNER_Cebuano-GJA/master/ceb_gja-ud-test.iob2"
     with pytest.raises(eval_ner.MissingTreebank, match=f"fetch {url} and put it there"):
         eval_ner.resolve("all", "test", tmp_path)
+
+
+def test_read_iob2_reads_oth_as_o(tmp_path):
+    """The name and the meaning that others rely on."""
+    path = tmp_path / "x-ud-test.iob2"
+    path.write_text("1\tAnna\tB-PER\n2\tTuesday\tB-OTH\n3\tx\tB-O\n\n")
+    assert eval_ner.read_iob2(path) == [(["Anna", "Tuesday", "x"], ["B-PER", "O", "O"])]

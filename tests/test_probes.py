@@ -1,10 +1,15 @@
 """probes.py against brute force, at sizes where it could be wrong."""
 
+import json
 import math
+import shutil
 
 import pytest
 import torch
+from conftest import TOY_VOCAB, refuses
 
+import checkpoint
+import data
 import probes
 from model import Decoder, ModelConfig
 
@@ -141,3 +146,38 @@ def test_gradient_ranks_are_those_of_the_gradients():
     sigma = torch.linalg.svdvals(decoder.model.layers[1].mlp.down_proj.weight.grad.double())
     p = sigma / sigma.sum()
     assert ranks["rank/grad_down_proj/01"] == pytest.approx(math.exp(-(p * p.log()).sum().item()), rel=1e-3)
+
+
+# ---- the command ----
+
+
+def test_the_command_measures_where_the_data_moved(toy, tmp_path, capsys):
+    model = ModelConfig(d_model=24, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=TOY_VOCAB, context=32)
+    decoder = Decoder(model, torch.Generator().manual_seed(1))
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    run.mkdir()
+    config = vars(model) | {"data": str(tmp_path / "gone")}
+    checkpoint.save(run, {"step": 3, "tokens": 96, "model": decoder.state_dict(), "config": config}, keep=1)
+    refuses(lambda: probes.main([str(run)]), f"no data at {tmp_path}/gone, where", "--data=FOLDER")
+    shutil.copytree(toy, moved)
+    probes.main([str(run), f"--data={moved}"])
+    ids = probes.fixed_batch(data.open_corpus(toy)[1], 24, 32)
+    expected = {"step": 3, "tokens": 96} | probes.measure(decoder, ids)
+    assert json.loads(capsys.readouterr().out) == pytest.approx(expected)
+
+    moved.rename(tmp_path / "gone")  # and without the flag where it is as before
+    probes.main([str(run)])
+    assert json.loads(capsys.readouterr().out) == pytest.approx(expected)
+
+
+def test_bad_input_of_the_command_ends_with_one_clear_line(toy, tmp_path):
+    model = ModelConfig(d_model=24, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=300, context=32)
+    state = {"step": 3, "tokens": 96, "model": Decoder(model).state_dict(), "config": vars(model)}
+    checkpoint.save(tmp_path, state, keep=1)
+    run = str(tmp_path)
+    refuses(lambda: probes.main([run, f"--data={toy}"]), f"{toy} holds token id", "has 300: name data")
+    refuses(lambda: probes.main([run, f"--data={run}/no"]), f"no data at {run}/no")
+    refuses(lambda: probes.main([]), "name one run's folder, for instance out/demo; got none")
+    refuses(lambda: probes.main([run, run]), f"got {run}, {run}")
+    refuses(lambda: probes.main([run, "--dat=x"]), "unknown key 'dat' in the flags; did you mean 'data'?")
+    refuses(lambda: probes.main([f"{run}/no"]), f"no checkpoint in {run}/no")

@@ -379,6 +379,30 @@ def test_write_is_what_train_py_calls(tmp_path):
     assert (tmp_path / "main.png").read_bytes() == (tmp_path / "brief.png").read_bytes()
 
 
+def test_scores_of_other_tag_sets_are_not_compared(tmp_path):
+    a, b = (write_run(tmp_path / name, ner=0.3) for name in "ab")
+    for line in (groups := read([a], [b]))[1][0]["ner"]:
+        line["tags"] = "MISC,PER"
+    assert report.ner_scores(groups) == []
+    for line in groups[0][0]["ner"]:
+        line["tags"] = "MISC,PER"
+    assert "trained on da_ddt (tags MISC,PER, label first, lr" in report.tables(groups, ["a", "b"])
+
+
+def test_paths_that_hold_a_comma_are_told_apart_by_another_separator(tmp_path):
+    a = [write_run(tmp_path / f"lr=1,{i}") for i in (1, 2)]
+    b = write_run(tmp_path / "b")
+    report.main([";".join(a), b, "--separator=;", f"--out={tmp_path}/x"])
+    text = (tmp_path / "x.md").read_text()
+    assert f"lr=1: {a[0]}, {a[1]}; b: {b}" in text
+    with pytest.raises(UserError, match=f"{tmp_path}/lr=1 holds no run .*; --separator"):
+        report.main([a[0]])
+    with pytest.raises(UserError, match="separator must not be empty"):
+        report.main([b, "--separator="])
+    assert "between the runs of a group: another one where a path holds a comma" in subprocess.run(
+        [sys.executable, "report.py", "--help"], cwd=ROOT, capture_output=True, text=True).stdout
+
+
 def test_bad_input_is_reported_in_one_line(tmp_path):
     a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b")
     (tmp_path / "file").write_text("")
