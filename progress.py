@@ -99,7 +99,7 @@ def checkpoint_state(cfg, corpus, learner, optimizers, progress):
 
 def optimizer_options(optimizer):
     """What load_state_dict would silently replace: the class and the options of each group."""
-    groups = [{key: value for key, value in group.items() if key not in ("params", "lr")}
+    groups = [{key: group[key] for key in sorted(group) if key not in ("params", "lr")}
               for group in optimizer.param_groups]
     return repr((type(optimizer).__name__, groups))
 

@@ -136,7 +136,8 @@ def test_real_text_with_the_gpt2_tokenizer(tmp_path, monkeypatch):
     assert list(val) == ["inaugural", "state_union"]
     text = tokenizer.decode(np.concatenate(train.shards).tolist()).replace("<|endoftext|>", "\n").split()
     assert text == (corpus / "state_union.train.txt").read_text().split()
-    words, ids = Episodes(train, tokenizer, 32, 4, 1, 64, 0).episode(0)
+    words, windows = Episodes(train, tokenizer, 32, 4, 1, 64, 0).episode(0)
+    ids = windows[:, :, 0]
     assert len(set(words.tolist())) == 32 and ids.shape == (32, 5, 64) and (ids[..., -1] == 50257).all()
 
 
