@@ -209,10 +209,10 @@ def find_treebank(treebank, split, folder):
     if path.exists():
         return path
     files = local_files(folder)
-    found = files.get((treebank, SPLITS.get(split)), [])
-    require(len(found) < 2, f"{' and '.join(map(str, found))} are both {treebank}:{split}: keep one of them")
-    if found:
-        return found[0]
+    paths = files.get((treebank, SPLITS.get(split)), [])
+    require(len(paths) < 2, f"{' and '.join(map(str, paths))} are both {treebank}:{split}: keep one of them")
+    if paths:
+        return paths[0]
     if treebank not in REPOSITORIES:
         known = [*REPOSITORIES, *dict.fromkeys(name for name, _ in files if name not in REPOSITORIES)]
         near = difflib.get_close_matches(treebank, known, n=1)
@@ -355,12 +355,12 @@ def choose_types(tags, of_train):
     Of files with none beside Universal NER's, these are TYPES.
     """
     sentences = itertools.chain.from_iterable(of_train.values())
-    found = {tag[2:] for _, tags in sentences for tag in tags if tag != "O"}
+    in_train = {tag[2:] for _, tags in sentences for tag in tags if tag != "O"}
     types = tuple(dict.fromkeys(filter(None, map(str.strip, tags.split(",")))))
-    unknown = [name for name in types if name not in found]
+    unknown = [name for name in types if name not in in_train]
     require(not unknown, f"tags: {', '.join(unknown)} does not occur in {', '.join(of_train)}; "
-                         f"the types there are {', '.join(sorted(found)) or 'none'}")
-    return types or (TYPES if found <= {*TYPES, "OTH"} else tuple(sorted(found)))
+                         f"the types there are {', '.join(sorted(in_train)) or 'none'}")
+    return types or (TYPES if in_train <= {*TYPES, "OTH"} else tuple(sorted(in_train)))
 
 
 def keep_types(sentences, types):
