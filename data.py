@@ -438,7 +438,7 @@ class BatchEpisodes:
     def __getitem__(self, indices):
         """JointBatch of the sequences with these numbers; the episodes follow from the first of them."""
         batch, rng = self.sequences[indices], np.random.default_rng([self.seed, 3, int(indices[0])])
-        groups, needed = self.places(batch.targets.numpy()), self.shots + self.queries
+        groups, needed = self.places(batch.ids.numpy(), batch.targets.numpy()), self.shots + self.queries
         groups = [places for places in groups if needed <= len(places) <= 4 * needed]
         ways = min(self.ways, len(groups)) if len(groups) >= 2 else 0
         chosen = [[rng.permutation(groups[i])[:needed] for i in rng.permutation(len(groups))[:ways]]
@@ -447,16 +447,18 @@ class BatchEpisodes:
         words = batch.targets.flatten()[places[:, :, 0]]
         return JointBatch(*batch, *places.split([self.shots, self.queries], dim=2), words)
 
-    def places(self, targets):
-        """[flat positions before the first place of a word in each sequence] of each word, targets (B, T)."""
+    def places(self, ids, targets):
+        """[flat positions before a word's first place in each sequence] for each word; ids, targets (B, T)."""
         whole = self.tables.word[targets] & ~self.tables.held_out[targets]
         whole[:, :-1] &= ~self.tables.continues[targets[:, 1:]]
         whole[:, -1] = False  # the token after it is unknown
-        spelling = np.where(self.tables.word[targets], self.tables.spelling[targets], -1)
-        firsts = np.zeros_like(whole)
-        for row, of_row in enumerate(self.tables.spelling[targets]):  # any spelling, whole or not
-            firsts[row, np.unique(of_row, return_index=True)[1]] = True
-        at = np.flatnonzero(whole & firsts)
-        order = np.argsort(spelling.ravel()[at], kind="stable")
-        _, starts = np.unique(spelling.ravel()[at][order], return_index=True)
+        # The first token of a sequence is no target, but it is read. Any spelling counts, whole word or not.
+        read = self.tables.spelling[np.concatenate((ids[:, :1], targets), axis=1)]  # (B, T + 1)
+        is_first = np.zeros(read.shape, bool)
+        for row, spellings in enumerate(read):
+            is_first[row, np.unique(spellings, return_index=True)[1]] = True
+        at = np.flatnonzero(whole & is_first[:, 1:])
+        spelling = self.tables.spelling[targets.ravel()[at]]
+        order = np.argsort(spelling, kind="stable")
+        _, starts = np.unique(spelling[order], return_index=True)
         return np.split(at[order], starts[1:])

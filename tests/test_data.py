@@ -307,7 +307,7 @@ def test_episodes_of_a_batch_lie_before_words_of_its_own_sequences(toy):
             assert (targets[places] == word).all()
             for place in places.tolist():
                 row, column = divmod(place, 256)
-                assert word not in batch.targets[row, :column], "its first place"
+                assert word not in batch.ids[row, :column + 1], "its first place in all that is read"
                 following = tokenizer.decode([int(batch.targets[row, column + 1])])
                 assert column < 255 and not following[0].isalpha()
     again = data.BatchEpisodes(sequences, tokenizer, 5, 2, 1, 3, seed=4)
@@ -316,6 +316,17 @@ def test_episodes_of_a_batch_lie_before_words_of_its_own_sequences(toy):
     assert not torch.equal(batch.words, maker[range(16, 24)].words)
     many = data.BatchEpisodes(sequences, tokenizer, 10_000, 2, 1, 1, seed=4)[range(8)]
     assert 2 <= many.words.shape[1] < 10_000, "as many ways as there are words"
+
+
+def test_a_word_at_the_very_start_of_a_sequence_counts_as_read(toy):
+    """The first token is no target: a word there and once more later was taken for its first place."""
+    tables = data.word_tables(data.load_tokenizer(toy))
+    a, b = np.flatnonzero(tables.word & ~tables.held_out)[:2]
+    dot = ord(".")
+    ids = torch.tensor([[a, dot, b, dot, a, dot], [dot, a, dot, b, dot, dot]])
+    maker = data.BatchEpisodes(None, data.load_tokenizer(toy), 2, 1, 1, 1, seed=4)
+    places = maker.places(ids[:, :-1].numpy(), ids[:, 1:].numpy())
+    assert sorted(group.tolist() for group in places) == [[1, 7], [5]]
 
 
 def test_a_batch_in_which_no_words_repeat_has_no_episode(toy):
