@@ -448,7 +448,7 @@ class BatchEpisodes:
         return JointBatch(*batch, *places.split([self.shots, self.queries], dim=2), words)
 
     def places(self, ids, targets):
-        """[flat positions before a word's first place in each sequence] for each word; ids, targets (B, T)."""
+        """[flat positions before a word's first place in each sequence] of each word, ids, targets (B, T)."""
         whole = self.tables.word[targets] & ~self.tables.held_out[targets]
         whole[:, :-1] &= ~self.tables.continues[targets[:, 1:]]
         whole[:, -1] = False  # the token after it is unknown
