@@ -25,6 +25,7 @@ import data
 import probes
 import train
 from config import UserError
+from progress import Progress
 from schedule import Schedule, block_kinds
 from train import Config
 
@@ -580,6 +581,21 @@ def test_whatever_a_loss_returns_is_averaged_and_logged(toy, tmp_path, monkeypat
     _, lines = run(toy, tmp_path, "--meta_share=0", "--log_every=2", "--eval_every=0")
     assert [line["fork/calls"] for line in lines] == [4.5 + 8 * i for i in range(5)]  # 1 to 8, 9 to 16, ...
     assert not any("fork/nan" in line for line in lines) and lines[-1]["skipped"] == 0
+
+
+def test_what_was_not_measured_does_not_count():
+    """A metric is nan in a micro-step that has none of it, as a batch without an episode."""
+    metrics = {"a": [torch.tensor(1.0), math.nan, 3.0], "b": [math.nan, math.nan]}
+    totals = train.sum_over_ranks(metrics, torch.device("cpu"), 1)
+    assert {name: total.tolist() for name, total in totals.items()} == {"a": [4.0, 2.0], "b": [0.0, 0.0]}
+
+
+def test_the_metrics_of_a_skipped_update_are_not_averaged_in():
+    progress = Progress()
+    progress.finish_update({"a": torch.tensor([math.nan, 2.0])}, torch.tensor(1.0))
+    progress.finish_update({"a": torch.tensor([6.0, 2.0])}, torch.tensor(0.0))
+    assert progress.sums["a"].tolist() == [6.0, 2.0]
+    assert progress.step == 2 and progress.skipped.tolist() == [1.0, 0.0], "in all, in a row"
 
 
 def test_a_checkpoint_with_other_parameters_is_refused_in_one_line(toy, tmp_path, monkeypatch):
