@@ -29,6 +29,7 @@ import checkpoint
 import config
 import data
 import machine
+from config import UserError
 from meta import Head, adapt, labels
 
 
@@ -43,18 +44,21 @@ class AdaptationTest:
     def __init__(self, cfg, validation, tokenizer):
         self.cfg, self.pools = cfg, {}  # {prefix: windows (words, M, T + 1), which end at the mask}
         corpus = data.Corpus([path for split in validation.values() for path in split.paths])
-        self.lacks = "too few of its words repeat"
-        if max(map(data.largest_id, corpus.shards)) >= tokenizer.n_vocab:  # bins from elsewhere
-            self.lacks = "it holds ids that the tokenizer lacks"
-            return
+        corpus.vocab_size = tokenizer.n_vocab
         count, window = cfg.eval_shots + cfg.eval_queries, min(cfg.eval_window, cfg.context - 1)
         for prefix, held_out in (("", False), ("new_", True)):
             series = data.Episodes(corpus, tokenizer, cfg.eval_ways, cfg.eval_shots, cfg.eval_queries, window,
-                                   0, "context", held_out)
+                                   0, "context", held_out, cfg.word_targets, cfg.max_word_share)
             rng = np.random.default_rng(0)  # not the run's seed: runs of all seeds are measured alike
-            pieces = series.read_pieces(rng, data.PIECES << 4)
+            try:
+                pieces = series.read_pieces(rng, data.PIECES << 4)
+            except UserError:  # bins from elsewhere
+                self.lacks = "the text holds ids that the tokenizer lacks"
+                return
             words = itertools.islice(series.classes(rng, pieces, count), 4 * cfg.eval_ways)
             windows = [windows for _, windows in words]
+            if prefix == "":
+                self.lacks = f"too few of its words repeat: {series.lack(pieces)}"  # shown without pools
             if len(windows) >= 2:
                 text = np.array(windows)[:, :, 0]  # (words, M, T)
                 masks = np.full((*text.shape[:2], 1), series.mask_id)

@@ -74,7 +74,9 @@ def made_up(vocab_size, tokens=10**9):
         words.add(" " + "".join(letters.choices("abcdefghijklmnop", k=letters.randint(4, 8))))
     tokens_as_bytes = [bytes([i]) for i in range(256)] + [word.encode() for word in sorted(words)]
     ranks = {token: rank for rank, token in enumerate(tokens_as_bytes)}
-    corpus = SimpleNamespace(shards=[MadeUp(tokens, len(ranks))], tokens=tokens, paths=[Path("made up")])
+    made_up = MadeUp(tokens, len(ranks))
+    corpus = SimpleNamespace(shards=[made_up], tokens=tokens, paths=[Path("made up")],
+                             read=lambda shard, start, length: made_up[start:start + length])
     return corpus, data.encoding("made-up", prepare.PATTERN, ranks)
 
 

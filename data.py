@@ -11,8 +11,10 @@ import base64
 import functools
 import itertools
 import json
+import mmap
 import os
 import re
+import unicodedata
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -24,13 +26,22 @@ import torch
 from config import UserError
 
 MAGIC, VERSION, HEADER = 20240520, 1, 256  # HEADER: int32 words before the tokens
+MAX_IDS = 2**16  # bins hold uint16
 EMBEDDED = "data/pydocs"  # train.py prepares this folder by itself where it is missing
 SPECIAL = ("<|endoftext|>", "<|mask|>")
 
-# Where an episode looks for its words: PIECES stretches of PIECE tokens at random places, sorted by token. A
-# word may make up at most MAX_SHARE of them, which leaves out the likes of "the"; at least, it must fill its
-# windows.
-PIECES, PIECE, MAX_SHARE = 32, 4096, 1e-3
+# Where an episode looks for its words: PIECES stretches of PIECE tokens at random places, sorted by token.
+PIECES, PIECE = 32, 4096
+
+# What is known of a whole corpus is known from so many stretches of so many tokens, evenly spread over it.
+STRETCHES, STRETCH = 256, 16384
+
+JOINERS = "\u00ad\u200c\u200d"  # soft hyphen, zero-width non-joiner and joiner: they stand within words
+
+# How files of tokens start that are no bins.
+FOREIGN = {b"\x93NUMPY": "a NumPy array", b"PK\3\4": "a zip archive, as np.savez and torch.save write",
+           (20240801).to_bytes(4, "little"): "a bin of uint32 tokens, as llm.c writes for Llama 3"}
+AS_UINT16 = "a bin holds uint16: write ids.astype('<u2').tofile('train.bin') where all are below 65,536"
 
 
 # ---- tokenizer ----
@@ -42,30 +53,46 @@ def encoding(name, pattern, ranks):
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
+class NoDownload(UserError):
+    """tiktoken has no GPT-2 tokenizer at hand."""
+
+
+def tokenizer_spec(source):
+    """The content of a tokenizer.json: {"name": "gpt2"}, or name, pattern and tokens. `source` as below."""
+    if source == "gpt2":
+        return {"name": source}
+    path = Path(source)
+    if not path.exists():
+        raise UserError(f"no tokenizer at {source}: give 'gpt2' or a folder that holds a tokenizer.json")
+    path = path if path.is_file() else path / "tokenizer.json"
+    if not path.exists():
+        if path.with_name("meta.pkl").exists():
+            raise UserError(f"{source} holds character-level tokens of nanoGPT (meta.pkl), which have no "
+                            "words: prepare their text with python prepare.py --source=...")
+        return {"name": "gpt2"}
+    try:
+        spec = json.loads(path.read_text())
+        spec["name"] == "gpt2" or (spec["pattern"], spec["tokens"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is not a tokenizer that prepare.py wrote; remove it where the bins hold "
+                        "GPT-2 tokens") from None
+    return spec
+
+
 def load_tokenizer(source):
     """A tiktoken Encoding with <|endoftext|> and <|mask|>: "gpt2", or that of a folder of bins or of a run.
 
     A folder without a tokenizer.json (bins from elsewhere) is taken to hold GPT-2 tokens.
     """
-    spec = {"name": source}
-    if source != "gpt2":
-        path = Path(source)
-        if not path.exists():
-            raise UserError(f"no tokenizer at {source}: give 'gpt2' or a folder that holds a tokenizer.json")
-        path = path if path.is_file() else path / "tokenizer.json"
-        try:
-            spec = json.loads(path.read_text()) if path.exists() else {"name": "gpt2"}
-            spec["name"] == "gpt2" or (spec["pattern"], spec["tokens"])
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path} is not a tokenizer that prepare.py wrote; remove it where the bins hold "
-                            "GPT-2 tokens") from None
+    spec = tokenizer_spec(source)
     if spec["name"] == "gpt2":
         try:
             gpt2 = tiktoken.get_encoding("gpt2")
         except Exception as error:  # tiktoken lets the HTTP client's own errors through
-            raise UserError(f"tiktoken cannot download its gpt2 tokenizer ({type(error).__name__}): run once "
-                            "with a network, or set TIKTOKEN_CACHE_DIR to a folder copied from a machine "
-                            "that has it") from None
+            reason = type(error).__name__
+            raise NoDownload(f"tiktoken cannot download its gpt2 tokenizer ({reason}): run once with a "
+                             "network, or set TIKTOKEN_CACHE_DIR to a folder copied from a machine that has "
+                             "it") from None
         pattern, ranks = gpt2._pat_str, gpt2._mergeable_ranks
     else:
         tokens = [base64.b64decode(token) for token in spec["tokens"]]
@@ -83,6 +110,34 @@ def save_tokenizer(tokenizer, folder):
     Path(folder, "tokenizer.json").write_text(json.dumps(spec))
 
 
+# ---- words ----
+
+
+def fold(text):
+    """The same for all ways to write a word: in any case, accents as part of the letter or as marks."""
+    return unicodedata.normalize("NFC", text).lower()
+
+
+def in_word(character):
+    """Is it a letter, a mark on one (Unicode's L and M) or a joiner? An apostrophe or digit ends a word."""
+    return unicodedata.category(character)[0] in "LM" or character in JOINERS
+
+
+def is_letter(character):
+    return unicodedata.category(character)[0] == "L"
+
+
+def is_word(text):
+    return text != "" and is_letter(text[0]) and all(map(in_word, text))
+
+
+def spells(text, word):
+    """Does the text hold the word on its own, not only as part of a longer one?"""
+    places = (match.span() for match in re.finditer(re.escape(word), text))
+    return any(not any(map(in_word, text[max(0, start - 1):start] + text[end:end + 1]))
+               for start, end in places)
+
+
 def is_held_out(spelling):
     """Whether a word is never a class in training: a tenth of all, by a hash of the lower-case spelling."""
     return zlib.crc32(spelling.lower().encode()) % 10 == 0
@@ -91,35 +146,70 @@ def is_held_out(spelling):
 class WordTables(NamedTuple):
     """What episodes need to know of each token, arrays (n_vocab,)."""
 
-    word: np.ndarray  # may it be a whole word: a space and letters
+    word: np.ndarray  # may it be a class
     continues: np.ndarray  # would it continue a word before it
     spelling: np.ndarray  # a number that tokens share which spell one word, in any case, with a space or not
     held_out: np.ndarray  # is its word kept for evaluation
 
 
-@functools.lru_cache(maxsize=1)
-def word_tables(tokenizer):
+@functools.lru_cache(maxsize=2)
+def word_tables(tokenizer, word_targets="spaced"):
+    """word_targets "spaced": a class is a space and at least two letters, and nothing continues the word.
+
+    "any": it is any letters, and only a mark on the last of them would continue them.
+    """
     n = tokenizer.n_vocab
     tables = WordTables(np.zeros(n, bool), np.zeros(n, bool), np.arange(n), np.zeros(n, bool))
     numbers = {}
     for token in tokenizer.token_byte_values():
         text = token.decode(errors="replace")
-        i, word = tokenizer.encode_single_token(token), text.strip().lower()
-        tables.word[i] = len(text) > 2 and text[0] == " " and text[1:].isalpha()
-        tables.continues[i] = text[0].isalpha() or text[0] == "\ufffd"
-        if word.isalpha():
+        i, word = tokenizer.encode_single_token(token), fold(text.strip())
+        if word_targets == "spaced":
+            tables.word[i] = text[0] == " " and is_word(text[1:]) and len(word) > 1
+            tables.continues[i] = in_word(text[0])
+        else:
+            tables.word[i] = is_word(text.removeprefix(" "))
+            tables.continues[i] = in_word(text[0]) and not is_letter(text[0])
+        tables.continues[i] |= text[0] == "\ufffd"  # a part of a character, maybe of a letter or a mark
+        if is_word(word):
             tables.spelling[i] = numbers.setdefault(word, i)
             tables.held_out[i] = is_held_out(word)
     return tables
+
+
+def lack_of_words(tokenizer, word_targets, tokens, words, ways, most):
+    """Why a text has too few classes for `ways`, with what to do, for the end of an error's line.
+
+    tokens: of the text; words: those of them that may be classes; most: how often a class may come. ""
+    where the text has words enough.
+    """
+    text = tokenizer.decode(tokens.ravel()[:2**16].tolist())
+    if word_targets == "spaced" and sum(map(in_word, text)) > 16 * text.count(" "):
+        return ("it has no words between spaces, as Chinese, Japanese or Thai; set word_targets = any, which "
+                "takes single tokens of letters")
+    counts = np.unique(words, return_counts=True)[1]
+    too_frequent = int((counts > most).sum())
+    if 2 * too_frequent > len(counts):
+        return (f"{too_frequent} of its {len(counts)} words are too frequent, above {most} times; raise "
+                "max_word_share, or give text of more different words")
+    if len(counts) < ways:
+        return (f"only {len(counts)} different words are single tokens there; lower ways, give more text or "
+                "prepare it with a larger vocab_size")
+    return ""
 
 
 # ---- reading bins ----
 
 
 def open_bin(path):
-    """The tokens of one bin, a read-only uint16 memory map. Refuses a wrong magic, version or length."""
+    """The tokens of one bin, a read-only uint16 memory map. Refuses what is no bin, or not whole."""
     size = os.path.getsize(path)
-    header = np.fromfile(path, "<i4", 3)
+    with open(path, "rb") as file:
+        start = file.read(12)
+    for signature, kind in FOREIGN.items():
+        if start.startswith(signature):
+            raise UserError(f"{path} is {kind}; {AS_UINT16}")
+    header = np.frombuffer(start[:len(start) // 4 * 4], "<i4")
     if len(header) < 3 or header[0] != MAGIC:
         if path.name not in ("train.bin", "val.bin"):  # nanoGPT's names; its bins have no header
             start = header[0] if len(header) else "nothing"
@@ -127,34 +217,81 @@ def open_bin(path):
                             "prepare.py")
         if size == 0 or size % 2:
             raise UserError(f"{path}: {size} bytes are not a positive number of uint16 tokens")
-        return np.memmap(path, "<u2", "r")
+        tokens = map_tokens(path, 0)
+        if is_wider_than_16_bits(tokens):
+            raise UserError(f"{path}: every second uint16 is zero or nearly, so it holds tokens of 32 or 64 "
+                            f"bits; {AS_UINT16}")
+        return tokens
     if header[1] != VERSION:
         raise UserError(f"{path}: version {header[1]}, only {VERSION} is known")
+    if header[2] > 0 and size == 4 * HEADER + 4 * int(header[2]):
+        raise UserError(f"{path}: the header says {header[2]} tokens, the file holds 4 bytes of each; "
+                        "a bin holds uint16: prepare it again")
     if header[2] < 1 or size != 4 * HEADER + 2 * int(header[2]):
         tokens = (size - 4 * HEADER) / 2
         raise UserError(f"{path}: the header says {header[2]} tokens, the file holds {tokens:g}; "
                         "copy or prepare it again")
-    return np.memmap(path, "<u2", "r", offset=4 * HEADER)
+    return map_tokens(path, 4 * HEADER)
 
 
-def largest_id(tokens):
-    return max(int(tokens[i:i + 2**26].max()) for i in range(0, len(tokens), 2**26))
+def map_tokens(path, offset):
+    with open(path, "rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if hasattr(mmap, "MADV_RANDOM"):  # reading 8 MB ahead at each place, the first batches took seconds
+        mapped.madvise(mmap.MADV_RANDOM)
+    return np.frombuffer(mapped, "<u2", offset=offset)
+
+
+def is_wider_than_16_bits(tokens):
+    """Are these the halves of larger integers, of which the upper ones are below 4 (ids below 2**18)?"""
+    starts = np.linspace(0, max(0, len(tokens) - 4096), 16).astype(int) // 2 * 2  # each at a lower half
+    sample = np.concatenate([tokens[start:start + 4096] for start in starts])
+    is_whole = len(tokens) % 2 == 0 and len(tokens) >= 16  # fewer may be so by chance
+    return is_whole and sample[1::2].max() < 4 <= sample[::2].max()
+
+
+def locate(ends, number):
+    """(shard, place in it) of the item of this number, where shard i holds those up to ends[i]."""
+    shard = int(np.searchsorted(ends, number, side="right"))
+    return shard, int(number - (ends[shard - 1] if shard else 0))
 
 
 class Corpus:
     """The bins of one split of a folder: `shards`, a list of uint16 arrays."""
 
     def __init__(self, paths):
-        self.paths, self.shards = paths, [open_bin(path) for path in paths]
+        self.paths, self.sizes = paths, list(map(os.path.getsize, paths))
+        self.shards = list(map(open_bin, paths))
         self.tokens = sum(map(len, self.shards))
+        self.vocab_size = MAX_IDS  # as long as it is not known
 
-    def check(self, vocab_size, part=0, parts=1):
-        """Refuses a token id outside the vocabulary. Reads every parts-th shard: ranks share the work."""
-        for path, shard in list(zip(self.paths, self.shards))[part::parts]:
-            largest = largest_id(shard)
-            if largest >= vocab_size:
-                raise UserError(f"{path}: token id {largest} is outside the vocabulary of {vocab_size}: "
-                                "raise vocab_size, or put the data's own tokenizer.json beside it")
+    def check(self, vocab_size):
+        """Refuses a token id outside the vocabulary: here in a sample, later wherever one is read."""
+        self.vocab_size = vocab_size
+        try:
+            for _ in self.stretches():
+                pass
+        except UserError as error:
+            raise UserError(f"{error}: raise vocab_size, or put its own tokenizer.json there") from None
+
+    def read(self, shard, start, length):
+        """`length` tokens of a shard, from `start` on. Raises UserError where they are not what they were."""
+        path = self.paths[shard]
+        if os.path.getsize(path) != self.sizes[shard]:  # reading on would end the process with a bus error
+            raise UserError(f"{path} had {self.sizes[shard]:,} bytes, now it has "
+                            f"{os.path.getsize(path):,}")
+        tokens = self.shards[shard][start:start + length]
+        if (largest := int(tokens.max())) >= self.vocab_size:
+            raise UserError(f"{path}: token id {largest} at {start + int(tokens.argmax()):,} is outside the "
+                            f"vocabulary of {self.vocab_size}")
+        return tokens
+
+    def stretches(self):
+        """Yields the tokens of stretches that are evenly spread, at most 4 M; a small corpus comes whole."""
+        ends = np.cumsum([-(-len(shard) // STRETCH) for shard in self.shards])
+        for number in np.unique(np.linspace(0, ends[-1] - 1, STRETCHES).astype(int)):
+            shard, place = locate(ends, number)
+            yield self.read(shard, place * STRETCH, STRETCH)
 
 
 def open_corpus(folder):
@@ -178,25 +315,26 @@ def open_corpus(folder):
         raise UserError(f"{folder}: is {others[0]} for training or validation? Name it "
                         "NAME_train_000000.bin or NAME_val_000000.bin")
     if not train or not val:
+        for path in sorted(folder.glob("*.npy")):
+            raise UserError(f"{path} is a NumPy array; {AS_UINT16}")
         missing = "val" if train else "train"
         raise UserError(f"{folder} holds no {missing} bins (NAME_{missing}_000000.bin or {missing}.bin)")
     return Corpus(train), {domain: Corpus(paths) for domain, paths in val.items()}
 
 
-def unigram_entropy(corpus, limit=20_000_000):
-    """Entropy in nats of the token frequencies in at most the first `limit` tokens.
+def unigram_entropy(corpus):
+    """Entropy in nats of the token frequencies, in a sample where the corpus is large.
 
     That is the loss of the best model that ignores the context: a language model must get well below it.
     """
-    counts, left = np.zeros(65536), limit
-    for shard in corpus.shards:
-        counts += np.bincount(shard[:left], minlength=65536)
-        left -= min(left, len(shard))
+    counts = sum(np.bincount(tokens, minlength=MAX_IDS) for tokens in corpus.stretches())
     p = counts[counts > 0] / counts.sum()
     return float(-(p * np.log(p)).sum())
 
 
 # ---- batches ----
+
+ORDER = 2  # of the sequences of an epoch; 1 was another permutation
 
 
 class LMBatch(NamedTuple):
@@ -254,6 +392,26 @@ class JointBatch(NamedTuple):
     lm_tokens = tokens
 
 
+def permuted(numbers, n, keys):
+    """Where a pseudo-random permutation of 0 to n - 1 takes the numbers (int array); the keys choose it.
+
+    Nothing of size n is held: a Feistel network permutes the numbers of an even count of bits, and takes
+    one that lands at n or above further until it lands below (cycle walking, Black & Rogaway 2002).
+    """
+    half = np.uint64((int(n).bit_length() + 1) // 2)
+    mask, numbers = np.uint64(2**int(half) - 1), numbers.astype(np.uint64)
+    outside = np.ones(len(numbers), bool)
+    while outside.any():
+        left, right = numbers[outside] >> half, numbers[outside] & mask
+        for key in keys:
+            mixed = (right ^ key) * np.uint64(0x9E3779B97F4A7C15)
+            mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
+            left, right = right, left ^ (mixed >> np.uint64(40) & mask)
+        numbers[outside] = left << half | right
+        outside = numbers >= n
+    return numbers.astype(np.int64)
+
+
 class Sequences:
     """The endless series of training sequences of T tokens.
 
@@ -263,40 +421,42 @@ class Sequences:
     def __init__(self, corpus, T, seed):
         self.corpus, self.T, self.seed = corpus, T, seed
         # A sequence takes T + 1 tokens, because of the targets; the epoch's offset loses up to T - 1.
-        self.counts = np.array([max(0, (len(shard) - T) // T) for shard in corpus.shards])
-        self.ends = np.cumsum(self.counts)
+        self.ends = np.cumsum([max(0, (len(shard) - T) // T) for shard in corpus.shards])
         if self.ends[-1] == 0:
             raise UserError(f"{corpus.paths[0].parent}: no training bin holds 2 x context = {2 * T} tokens, "
                             f"the longest has {max(map(len, corpus.shards))}; lower context or add text")
-        self._epoch = functools.lru_cache(maxsize=2)(self._shuffle)
 
-    def _shuffle(self, epoch):
-        """(offset, order of the sequences) of an epoch."""
+    def _epoch(self, epoch):
+        """(offset, keys of the permutation) of an epoch."""
         rng = np.random.default_rng([self.seed, 0, epoch])
-        return int(rng.integers(self.T)), rng.permutation(self.ends[-1])
+        return int(rng.integers(self.T)), rng.integers(2**64, size=8, dtype=np.uint64)
 
     def __getitem__(self, indices):
         """LMBatch of the sequences with these numbers (any iterable of ints from 0 on)."""
+        n = int(self.ends[-1])
+        epochs, numbers = np.divmod(np.fromiter(indices, np.int64), n)
+        places, offsets = np.zeros_like(numbers), np.zeros_like(numbers)
+        for epoch in np.unique(epochs):
+            is_now, (offset, keys) = epochs == epoch, self._epoch(epoch)
+            offsets[is_now], places[is_now] = offset, permuted(numbers[is_now], n, keys)
         rows = []
-        for index in indices:
-            epoch, i = divmod(int(index), int(self.ends[-1]))
-            offset, order = self._epoch(epoch)
-            shard = int(np.searchsorted(self.ends, order[i], side="right"))
-            start = offset + int(order[i] - (self.ends[shard] - self.counts[shard])) * self.T
-            rows.append(self.corpus.shards[shard][start:start + self.T + 1])
+        for place, offset in zip(places, offsets):
+            shard, i = locate(self.ends, place)
+            rows.append(self.corpus.read(shard, offset + i * self.T, self.T + 1))
         tokens = torch.from_numpy(np.stack(rows).astype(np.int64))  # (B, T + 1)
         return LMBatch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
 
 
 def eval_sequences(corpus, T, n):
     """LMBatch of up to n sequences, evenly spread over a validation corpus; T shrinks to a shorter corpus."""
-    longest = max(corpus.shards, key=len)
-    T = min(T, len(longest) - 1)
+    longest = max(map(len, corpus.shards))
+    T = min(T, longest - 1)
     if T < 1:
-        raise UserError(f"{corpus.paths[0]}: {len(longest)} token is too short to evaluate on")
-    starts = [(shard, start) for shard in corpus.shards for start in range(0, len(shard) - T, T)]
-    picked = [starts[i] for i in np.unique(np.linspace(0, len(starts) - 1, n).round().astype(int))]
-    rows = [shard[start:start + T + 1] for shard, start in picked]
+        raise UserError(f"{corpus.paths[0]}: {longest} token is too short to evaluate on")
+    ends = np.cumsum([max(0, (len(shard) - 1) // T) for shard in corpus.shards])
+    picked = np.unique(np.linspace(0, ends[-1] - 1, n).round().astype(int))
+    places = [locate(ends, number) for number in picked]
+    rows = [corpus.read(shard, place * T, T + 1) for shard, place in places]
     tokens = torch.from_numpy(np.stack(rows).astype(np.int64))  # (n, T + 1)
     return LMBatch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
 
@@ -311,14 +471,17 @@ class Episodes:
     read_out "mask": at <|mask|> in the word's place. Its other occurrences in the window become <|mask|>
     too, also in another case or without the space; a window that still spells it out, in several tokens,
     is not used. "context": at the position before the word; the window is plain text without the word.
-    held_out: the classes are words that are kept for evaluation; else all others.
+    held_out: the classes are words that are kept for evaluation; else all others. word_targets: what may
+    be a class, as `word_tables` says. max_share: at most that share of the tokens may be a class, which
+    leaves out the likes of "the".
     """
 
     def __init__(self, corpus, tokenizer, ways, shots, queries, window, seed, read_out="mask",
-                 held_out=False):
+                 held_out=False, word_targets="spaced", max_share=1e-3):
         self.corpus, self.tokenizer, self.seed = corpus, tokenizer, seed
         self.ways, self.shots, self.queries, self.window = ways, shots, queries, window
-        self.read_out, self.tables = read_out, word_tables(tokenizer)
+        self.read_out, self.word_targets, self.max_share = read_out, word_targets, max_share
+        self.tables = word_tables(tokenizer, word_targets)
         self.is_class = self.tables.word & (self.tables.held_out == held_out)
         self.mask_id = tokenizer.encode_single_token("<|mask|>")
         # Pieces are cut from the shards at a random offset. A short corpus has few, or one that is shorter.
@@ -350,7 +513,17 @@ class Episodes:
             most = max(most, len(classes))
         raise UserError(f"episodes: only {most} words have {self.shots + self.queries} windows of "
                         f"{self.window} tokens apart in {pieces.size:,} tokens, ways = {self.ways} are "
-                        "needed; lower ways, shots, queries or window, or add text")
+                        f"needed; {self.lack(pieces)}")
+
+    def lack(self, pieces):
+        """Why the pieces give too few classes, and what to do."""
+        words, most = pieces.ravel()[self.find(pieces)], self.most(pieces)
+        return (lack_of_words(self.tokenizer, self.word_targets, pieces, words, self.ways, most)
+                or "lower ways, shots, queries or window, or add text")
+
+    def most(self, pieces):
+        """How often a class may come in the pieces."""
+        return max(self.shots + self.queries, int(self.max_share * pieces.size))
 
     def classes(self, rng, pieces, count):
         """Yields (token id, `count` windows) of words of the pieces, in random order, no spelling twice."""
@@ -369,29 +542,30 @@ class Episodes:
         offset = rng.integers(self.piece)
         rows = []
         for i in rng.choice(n, min(n, most), replace=False):
-            shard = int(np.searchsorted(self.ends, i, side="right"))
-            tokens = self.corpus.shards[shard]
-            place = i - (self.ends[shard] - self.counts[shard])
-            start = min(offset, len(tokens) - self.counts[shard] * self.piece) + place * self.piece
-            rows.append(tokens[start:start + self.piece])
+            shard, place = locate(self.ends, i)
+            room = len(self.corpus.shards[shard]) - self.counts[shard] * self.piece
+            rows.append(self.corpus.read(shard, min(offset, room) + place * self.piece, self.piece))
         return np.stack(rows)
+
+    def find(self, pieces):
+        """The places in pieces.ravel() of all words that may be classes."""
+        following = np.roll(pieces, -1, axis=1)
+        whole = self.is_class[pieces] & ~self.tables.continues[following]
+        before = self.window - (self.read_out == "mask")  # tokens of a window before the word
+        whole[:, :before] = whole[:, -1] = False  # no room for the window; the next token is unknown
+        return np.flatnonzero(whole)
 
     def candidates(self, rng, pieces, count):
         """Step 2: yields, in random order, words of the pieces that come often enough, but not too often.
 
         Each is (token id, places in pieces.ravel(), so far apart that windows do not overlap).
         """
-        following = np.roll(pieces, -1, axis=1)
-        whole = self.is_class[pieces] & ~self.tables.continues[following]
-        before = self.window - (self.read_out == "mask")  # tokens of a window before the word
-        whole[:, :before] = whole[:, -1] = False  # no room for the window; the next token is unknown
-        at = np.flatnonzero(whole)
+        at = self.find(pieces)
         tokens = pieces.ravel()[at]
         order = np.argsort(tokens, kind="stable")  # by word, then by place
         at, tokens = at[order], tokens[order]
         words, first, occurrences = np.unique(tokens, return_index=True, return_counts=True)
-        most = max(count, MAX_SHARE * pieces.size)
-        in_band = np.flatnonzero((occurrences >= count) & (occurrences <= most))
+        in_band = np.flatnonzero((occurrences >= count) & (occurrences <= self.most(pieces)))
         for j in rng.permutation(in_band):
             places, last = [], -self.window
             for place in at[first[j]:first[j] + occurrences[j]]:
@@ -403,7 +577,7 @@ class Episodes:
 
     def windows(self, rng, pieces, word, places, count):
         """Step 3: `count` windows (2, T), ids and targets, that are read for the word; None if too few."""
-        spelling = self.tokenizer.decode([int(word)]).strip().lower()
+        spelling = fold(self.tokenizer.decode([int(word)]).strip())
         windows = []
         for place in rng.permutation(places):
             end = place + 1 if self.read_out == "mask" else place
@@ -413,9 +587,7 @@ class Episodes:
             if self.read_out == "context" and is_word.any():
                 continue
             ids[is_word] = self.mask_id
-            decoded = self.tokenizer.decode(ids.tolist()).lower()
-            # The first test is the fast one.
-            if spelling not in decoded or not re.search(rf"\b{spelling}\b", decoded):
+            if not spells(fold(self.tokenizer.decode(ids.tolist())), spelling):
                 windows.append((ids, text[1:]))
             if len(windows) == count:
                 return windows
@@ -431,8 +603,8 @@ class BatchEpisodes:
     short: in up to 4 (K + Q) sequences.
     """
 
-    def __init__(self, sequences, tokenizer, ways, shots, queries, episodes, seed):
-        self.sequences, self.tables, self.seed = sequences, word_tables(tokenizer), seed
+    def __init__(self, sequences, tokenizer, ways, shots, queries, episodes, seed, word_targets="spaced"):
+        self.sequences, self.tables, self.seed = sequences, word_tables(tokenizer, word_targets), seed
         self.ways, self.shots, self.queries, self.episodes = ways, shots, queries, episodes
 
     def __getitem__(self, indices):

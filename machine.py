@@ -6,10 +6,15 @@
 train.py, eval_ner.py and bench.py share it.
 """
 import os
+import socket
+import sys
 import time
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 
 from config import UserError
 
@@ -26,6 +31,31 @@ def rank_and_world():
 
 def is_first_on_node():
     return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
+@contextmanager
+def only_writer(path, what, wait=False):
+    """Keeps other processes from writing `what` while the context lasts, by a lock on the file `path`.
+
+    The kernel lets go of it when the process dies, however it does. Where another process holds it, raises a
+    UserError that names it, or, with `wait`, says so and waits.
+    """
+    lock, holder = FileLock(path), Path(f"{path}.holder")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        name = holder.read_text() if holder.exists() else "another process"
+        if not wait:
+            raise UserError(f"{what} is being written by {name}: wait for it, stop it or write elsewhere; if "
+                            f"there is no such process any more, remove {path}") from None
+        print(f"waiting for {name}, which writes {what}", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
 
 
 def pick_device(name, dtype):

@@ -1,6 +1,6 @@
 """Where a run stands: counted while it trains, saved with the parameters, restored on a resume.
 
-    progress = resume(cfg, corpus, learner, optimizers) or Progress()
+    progress, saved_cfg = resume(cfg, corpus, learner, optimizers)       # None, None where out_dir is new
     checkpoint.save(out_dir, checkpoint_state(cfg, corpus, learner, optimizers, progress), keep=2)
 """
 import os
@@ -10,14 +10,15 @@ import torch
 import torch.distributed as dist
 
 import checkpoint
+import data
 from config import UserError
 
 # These may differ from the checkpoint's on a resume: they do not change what is computed, or (device,
-# dtype and compile) only how it rounds.
+# dtype and compile) only how it rounds; init_from acts on a new run alone, max_steps on what is yet to come.
 MAY_CHANGE_ON_RESUME = {
-    "out_dir", "data", "log_every", "eval_every", "eval_sequences", "eval_episodes", "probe_every",
-    "probe_gradients", "checkpoint_every", "keep", "keep_every", "report", "wandb", "wandb_project", "device",
-    "dtype", "compile",
+    "out_dir", "data", "init_from", "max_steps", "log_every", "eval_every", "eval_sequences", "eval_episodes",
+    "probe_every", "probe_gradients", "checkpoint_every", "keep", "keep_every", "report", "wandb",
+    "wandb_project", "device", "dtype", "compile",
 }
 
 
@@ -47,22 +48,25 @@ class Progress:
         self.skipped = self.skipped.to(device)
         return self
 
-    def count(self, kind, tokens, lm_tokens, flops, waited):
+    def count(self, kind, tokens, lm_tokens, flops):
         """Counts a micro-step: its tokens, and those of them that a next-token loss read."""
         self.tokens += lm_tokens
         self.flops += flops
         self.interval["tokens"] += tokens
         self.interval["flops"] += flops
-        self.interval["waited"] += waited
         self.micro_steps[kind] = self.micro_steps.get(kind, 0) + 1
 
-    def finish_update(self, totals, is_bad):
-        """Adds an update's {metric: (sum, micro-steps)}, unless it `is_bad` and so skipped."""
+    def finish_update(self, totals, is_bad, waited):
+        """Adds an update's {metric: (sum, micro-steps)}, unless it `is_bad` and so skipped.
+
+        waited: seconds that it waited for data.
+        """
         for name, total in totals.items():
             self.sums[name] = self.sums.get(name, 0) + total.where(is_bad == 0, 0)
         self.skipped = torch.stack((self.skipped[0] + is_bad, (self.skipped[1] + 1) * is_bad))
         self.step += 1
         self.interval["steps"] += 1
+        self.interval["waited"] += waited
 
     def add_seconds(self, seconds):
         self.seconds += seconds
@@ -93,7 +97,7 @@ def checkpoint_state(cfg, corpus, learner, optimizers, progress):
         "learner": {name: p for name, p in state.items() if not name.startswith("decoder.")},
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "optimizer_options": list(map(optimizer_options, optimizers)),
-        "config": asdict(cfg), "corpus_tokens": corpus.tokens, **vars(progress),
+        "config": asdict(cfg), "corpus_tokens": corpus.tokens, "data_order": data.ORDER, **vars(progress),
     }
 
 
@@ -105,22 +109,33 @@ def optimizer_options(optimizer):
 
 
 def resume(cfg, corpus, learner, optimizers):
-    """Restores the newest good checkpoint of out_dir: its Progress, or None where there is none.
+    """Restores the newest good checkpoint of out_dir: its Progress and settings, or None, None without one.
 
-    Refuses one whose settings differ in a field that matters, or whose data or parameters do.
+    Refuses one whose settings differ in a field that matters, or whose data or parameters do, and one that
+    went further than max_steps.
     """
     state = checkpoint.newest(cfg.out_dir)
     if state is None:
-        return None
-    saved, now = asdict(checkpoint.load_config(type(cfg), state)), asdict(cfg)
+        return None, None
+    saved_cfg = checkpoint.load_config(type(cfg), state)
+    saved, now = asdict(saved_cfg), asdict(cfg)
     differences = [f"{key} = {saved[key]!r} there, {now[key]!r} here" for key in now
                    if key not in MAY_CHANGE_ON_RESUME and saved[key] != now[key]]
     if differences:
         raise UserError(f"{cfg.out_dir} holds a run with another config ({'; '.join(differences)}): take its "
                         "values, or another --out_dir")
-    if not {"learner", "optimizer_options"} <= state.keys():
-        raise UserError(f"{cfg.out_dir} holds a run of an older version, whose checkpoints can be "
-                        "evaluated but not resumed: take another --out_dir")
+    if cfg.max_steps < state["step"]:
+        raise UserError(f"{cfg.out_dir} holds a run that has done {state['step']} steps, max_steps = "
+                        f"{cfg.max_steps}: take at least as many, or another --out_dir")
+    decay_end = cfg.meta_start + cfg.meta_decay * min(cfg.max_steps, saved["max_steps"])
+    if cfg.max_steps != saved["max_steps"] and cfg.meta_decay > 0 and state["step"] > decay_end:
+        raise UserError(f"{cfg.out_dir}: with meta_decay = {cfg.meta_decay}, max_steps = {cfg.max_steps} in "
+                        f"place of {saved['max_steps']} would change which updates before step "
+                        f"{state['step']} read episodes: start a new run with --init_from={cfg.out_dir}")
+    if not {"learner", "optimizer_options"} <= state.keys() or state.get("data_order") != data.ORDER:
+        raise UserError(f"{cfg.out_dir} holds a run of an older version, whose checkpoints can be evaluated "
+                        f"but not resumed: take another --out_dir, with --init_from={cfg.out_dir} for its "
+                        "weights")
     if state["corpus_tokens"] != corpus.tokens:
         raise UserError(f"{cfg.out_dir} holds a run on {state['corpus_tokens']:,} training tokens, "
                         f"{cfg.data} has {corpus.tokens:,}: give its --data, or another --out_dir")
@@ -135,7 +150,7 @@ def resume(cfg, corpus, learner, optimizers):
         reason = " ".join(str(error).split())
         raise UserError(f"{cfg.out_dir} holds a run with other parameters ({reason}): take another --out_dir"
                         ) from None
-    return Progress(**{f.name: state[f.name] for f in fields(Progress) if f.name in state})
+    return Progress(**{f.name: state[f.name] for f in fields(Progress) if f.name in state}), saved_cfg
 
 
 def require_same_step(progress, world, out_dir):

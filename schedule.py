@@ -52,10 +52,6 @@ class Schedule:
         for name in set(series.flat):
             self.earlier[series == name] = np.arange((series == name).sum())
 
-    def __len__(self):
-        """Micro-steps of the whole run."""
-        return len(self.kinds) * self.micro_steps
-
     def micro_step(self, number, rank, sizes):
         """(kind, range of numbers) of micro-step `number` of the run.
 
@@ -70,25 +66,30 @@ class Schedule:
 
 
 def read_ahead(schedule, sources, rank, device, first):
-    """Yields (kind, batch on the device, seconds waited for it) of the micro-steps from `first` on.
+    """Yields ([(kind, batch) of each micro-step], seconds waited for them) of the updates from `first` on.
 
-    A thread builds each batch while the one before it trains.
+    A thread reads the batches of an update while the one before it trains. They come whole: where a bin
+    cannot be read, the error comes between two updates.
     """
     sizes = {kind: source.size for kind, source in sources.items()}
 
-    def build(number):
-        kind, numbers = schedule.micro_step(number, rank, sizes)
-        batch = sources[kind].batches[numbers]
-        return kind, type(batch)(*(t.pin_memory() for t in batch)) if device.type == "cuda" else batch
+    def build(step):
+        micro_steps = []
+        for micro in range(schedule.micro_steps):
+            kind, numbers = schedule.micro_step(step * schedule.micro_steps + micro, rank, sizes)
+            batch = sources[kind].batches[numbers]
+            if device.type == "cuda":
+                batch = type(batch)(*(t.pin_memory() for t in batch))
+            micro_steps.append((kind, batch))
+        return micro_steps
 
     with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(build, first) if first < len(schedule) else None
-        for number in range(first, len(schedule)):
+        ahead = pool.submit(build, first) if first < len(schedule.kinds) else None
+        for step in range(first, len(schedule.kinds)):
             start = time.perf_counter()
-            kind, batch = ahead.result()
-            ahead = pool.submit(build, number + 1) if number + 1 < len(schedule) else None
+            micro_steps = ahead.result()
+            if step + 1 < len(schedule.kinds):
+                ahead = pool.submit(build, step + 1)
             # A GPU that is still busy did not wait.
             is_busy = device.type == "cuda" and not torch.cuda.current_stream().query()
-            waited = 0.0 if is_busy else time.perf_counter() - start
-            batch = type(batch)(*(t.to(device, non_blocking=device.type == "cuda") for t in batch))
-            yield kind, batch, waited
+            yield micro_steps, 0.0 if is_busy else time.perf_counter() - start

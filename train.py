@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +41,7 @@ from schedule import Schedule, read_ahead
 class Config(ModelConfig):
     out_dir: str = "out/run"  # checkpoints and logs go here; a run that is there already is resumed
     data: str = data.EMBEDDED  # folder of token bins; this default is prepared automatically where missing
+    init_from: str = ""  # run's folder or checkpoint whose model a new run starts from; a resume ignores it
     seed: int = 1  # of everything: weights, order of the data, episodes, which micro-step is which
     # optimisation
     max_steps: int = 6000  # length of the run in updates (optimizer steps)
@@ -65,6 +66,8 @@ class Config(ModelConfig):
     shots: int = 4  # K, support windows per word
     queries: int = 1  # Q, query windows per word
     window: int = 128  # tokens of a window, a mask at its end included
+    word_targets: str = "spaced"  # classes: words after a space; any: all tokens of letters (Chinese, Thai)
+    max_word_share: float = 1e-3  # words that make up more of the text are no classes ("the")
     episodes: int = 1  # episodes of a micro-step on each rank
     inner_steps: int = 10  # SGD steps of the inner loop
     inner_lr: float = 0.0  # their rate; 0: 25.6 / d_model, for a linear head that starts at zero
@@ -108,6 +111,8 @@ class Config(ModelConfig):
             config.require(0 <= getattr(self, key) < 1, f"{key} must lie in [0, 1), got {getattr(self, key)}")
         config.require_choice(self, "wandb", *logs.WANDB_MODES)
         config.require_choice(self, "dtype", *machine.DTYPES)
+        config.require(self.vocab_size <= data.MAX_IDS,
+                       f"vocab_size = {self.vocab_size} is above {data.MAX_IDS}: bins hold uint16 ids")
         config.require(self.seed < 2**63, f"seed must be below 2**63, got {self.seed}")
         config.require(0 <= self.meta_share <= 1, f"meta_share must lie in [0, 1], got {self.meta_share}")
         config.require(self.global_batch_size % self.batch_size == 0,
@@ -115,6 +120,8 @@ class Config(ModelConfig):
                        f"batch_size = {self.batch_size}")
         config.require_at_least(self, 0, "eval_episodes")
         config.require_choice(self, "read_out", "mask", "context")
+        config.require_choice(self, "word_targets", "spaced", "any")
+        config.require_positive(self, "max_word_share")
         config.require_at_least(self, 0, "inner_steps")
         config.require_positive(self, "inner_lr")
         if self.eval_episodes > 0:
@@ -178,14 +185,18 @@ def build_sources(cfg, kinds, corpus, tokenizer):
     sources = {"lm": Source(sequences, cfg.batch_size)}
     episode = (cfg.ways, cfg.shots, cfg.queries)
     if "episodes" in kinds:
-        windows = data.Episodes(corpus, tokenizer, *episode, cfg.window, cfg.seed, cfg.read_out)
+        windows = data.Episodes(corpus, tokenizer, *episode, cfg.window, cfg.seed, cfg.read_out,
+                                word_targets=cfg.word_targets, max_share=cfg.max_word_share)
         sources["episodes"] = Source(windows, cfg.episodes)
     if "joint" in kinds:
-        batches = data.BatchEpisodes(sequences, tokenizer, *episode, cfg.episodes, cfg.seed)
+        batches = data.BatchEpisodes(sequences, tokenizer, *episode, cfg.episodes, cfg.seed, cfg.word_targets)
         sources["joint"] = Source(batches, cfg.batch_size)
-    for batches, size in sources.values():
-        for index in range(8):
-            batches[range(index * size, (index + 1) * size)]  # text with too few words fails now
+    for kind, (batches, size) in sources.items():  # text with too few words fails now
+        first = [batches[range(index * size, (index + 1) * size)] for index in range(8)]
+        if kind == "joint" and not any(batch.words.shape[1] for batch in first):
+            raise UserError("episodes_from = batch: in none of 8 micro-steps do two words come in shots + "
+                            f"queries = {cfg.shots + cfg.queries} of the {size} sequences: lower these, "
+                            "raise batch_size, or set word_targets = any for text without spaces")
     return sources
 
 
@@ -213,7 +224,7 @@ def load_data(cfg, has_episodes, rank, world):
     corpus, validation = data.open_corpus(cfg.data)
     try:
         tokenizer = data.load_tokenizer(cfg.data)
-    except UserError:  # bins of GPT-2 tokens, offline: next-token prediction needs no tokenizer
+    except data.NoDownload:  # bins of GPT-2 tokens, offline: next-token prediction needs no tokenizer
         if has_episodes:
             raise
         tokenizer = None
@@ -221,7 +232,7 @@ def load_data(cfg, has_episodes, rank, world):
         raise UserError(f"the tokenizer of {cfg.data} has {tokenizer.n_vocab} ids, vocab_size = "
                         f"{cfg.vocab_size}: raise vocab_size")
     for split in (corpus, *validation.values()):  # episodes look words up by their ids
-        split.check(tokenizer.n_vocab if has_episodes else cfg.vocab_size, rank, world)
+        split.check(tokenizer.n_vocab if has_episodes else cfg.vocab_size)
     return corpus, validation, tokenizer
 
 
@@ -237,6 +248,34 @@ def build_learner(cfg, dtype):
     else:  # nothing adapts, and the settings of episodes are not checked
         head, adapt = Head(cfg.d_model, 1, 0, "zero", 2), "head"
     return Learner(decoder, head, adapt, cfg.inner_steps, cfg.inner_lr, cfg.first_order, cfg.query_lm, dtype)
+
+
+def load_initial_model(cfg, learner):
+    """Gives the decoder the weights of init_from, which must have the same shape and tokenizer.
+
+    The episode head and the optimizers start anew.
+    """
+    state, source = checkpoint.load(cfg.init_from), Path(cfg.init_from)
+    folder = source if source.is_dir() else source.parent
+    if not (folder / "tokenizer.json").exists():
+        raise UserError(f"init_from = {source}: no tokenizer.json beside it tells which tokenizer it has; "
+                        "give the checkpoint in its run's folder")
+    theirs, ours = data.tokenizer_spec(folder), data.tokenizer_spec(cfg.data)
+    if theirs != ours:
+        another = "another one named " if theirs["name"] == ours["name"] else ""
+        raise UserError(f"init_from = {source} has the tokenizer {theirs['name']}, {cfg.data} has "
+                        f"{another}{ours['name']}: prepare the data with --tokenizer={folder}")
+    saved = checkpoint.load_config(ModelConfig, state)
+    differences = [f"{key} = {value} there, {getattr(cfg, key)} here" for key, value in asdict(saved).items()
+                   if value != getattr(cfg, key) and key != "context"]
+    if differences:
+        raise UserError(f"init_from = {source} holds another model ({'; '.join(differences)}): take its "
+                        "values")
+    try:
+        learner.decoder.load_state_dict(state["model"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"init_from = {source} holds a model of other parameters ({reason})") from None
 
 
 def build_optimizers(cfg, learner):
@@ -371,7 +410,7 @@ def sum_over_ranks(metrics, device, world):
 # ---- the run's folder, signals, messages ----
 
 
-def open_run_folder(cfg, tokenizer, last_step):
+def open_run_folder(cfg, last_step):
     """Makes out_dir with config.json and tokenizer.json; its logs lose what lies after `last_step`."""
     out_dir = Path(cfg.out_dir)
     try:
@@ -379,13 +418,12 @@ def open_run_folder(cfg, tokenizer, last_step):
         (out_dir / "config.json").write_text(json.dumps(asdict(cfg), indent=1) + "\n")
     except OSError as error:
         raise UserError(f"cannot write to out_dir = {out_dir}: {error.strerror}") from None
-    if tokenizer is not None:
-        data.save_tokenizer(tokenizer, out_dir)
+    (out_dir / "tokenizer.json").write_text(json.dumps(data.tokenizer_spec(cfg.data)))
     for name in ("log.jsonl", "probes.jsonl"):
         logs.truncate_log(out_dir / name, last_step)
 
 
-def print_setup(cfg, is_compiled, schedule, corpus, validation, learner, adaptation, resumed_at):
+def print_setup(cfg, is_compiled, schedule, corpus, validation, learner, adaptation, resumed_at, saved_cfg):
     world = schedule.world
     held_out = sum(split.tokens for split in validation.values())
     sizes = [sum(p.numel() for p in module.parameters()) for module in (learner.decoder, learner.head)]
@@ -410,7 +448,25 @@ def print_setup(cfg, is_compiled, schedule, corpus, validation, learner, adaptat
     if resumed_at is not None:
         finished = ": the run is finished" if resumed_at >= cfg.max_steps else ""
         print(f"resume    from {cfg.out_dir}/ckpt_{resumed_at:06d}.pt{finished}")
+        if cfg.max_steps != saved_cfg.max_steps:
+            print(new_length_note(cfg, saved_cfg.max_steps, resumed_at))
+    elif cfg.init_from:
+        print(f"start     from the model of {cfg.init_from}")
     sys.stdout.flush()
+
+
+def new_length_note(cfg, old_max_steps, step):
+    """One line on what the schedule does when a run goes on from `step` to another max_steps."""
+    note = f"length    max_steps = {cfg.max_steps}, {old_max_steps} before: "
+    if step == cfg.max_steps:
+        return note + "the run ends here, its learning rate not decayed to 0"
+    decay = "; the weight of the episodes decays over the new length too" if cfg.meta_decay > 0 else ""
+    rise = f", rises to {cfg.lr:.2e} at step {cfg.warmup_steps}" if step < cfg.warmup_steps else ""
+    if cfg.warmup_steps >= cfg.max_steps:
+        return note + f"it ends within warmup_steps = {cfg.warmup_steps}{decay}"
+    rate = cfg.lr * lr_factor(cfg, step)
+    return note + (f"the learning rate goes on at {rate:.2e}{rise} and falls to 0 at step {cfg.max_steps}"
+                   f"{decay}")
 
 
 def stuck_warning(cfg, progress, line):
@@ -487,18 +543,23 @@ def main(argv):
     # What is trained, and where it stands
     learner = build_learner(cfg, dtype).to(device)
     optimizers, params = build_optimizers(cfg, learner), list(learner.parameters())
-    restored = resume(cfg, corpus, learner, optimizers)
+    restored, saved_cfg = resume(cfg, corpus, learner, optimizers)
     progress, resumed_at = (restored or Progress()).to(device), restored.step if restored else None
+    if restored:  # config.json keeps saying where the run once started from
+        cfg = replace(cfg, init_from=saved_cfg.init_from)
+    elif cfg.init_from:
+        load_initial_model(cfg, learner)
     require_same_step(progress, world, out_dir)
     send, finish_wandb = (lambda line: None), (lambda: None)
     if rank == 0:
-        open_run_folder(cfg, tokenizer, -1 if resumed_at is None else resumed_at)
+        open_run_folder(cfg, -1 if resumed_at is None else resumed_at)
         send, finish_wandb = logs.start_wandb(cfg, out_dir.name, cfg.out_dir, progress.run_id)
     is_compiled = compile_layers(cfg, device, learner)
     model = wrap_for_ranks(learner, device, world)
     peak_flops = machine.peak_flops(device, dtype) * world
     if rank == 0:
-        print_setup(cfg, is_compiled, schedule, corpus, validation, learner, adaptation, resumed_at)
+        print_setup(cfg, is_compiled, schedule, corpus, validation, learner, adaptation, resumed_at,
+                    saved_cfg)
 
     def due(interval, step):
         return interval > 0 and step != resumed_at and (step % interval == 0 or step == cfg.max_steps)
@@ -509,7 +570,7 @@ def main(argv):
             logs.append(out_dir / name, line)
             send(line)
 
-    batches = read_ahead(schedule, sources, rank, device, progress.step * schedule.micro_steps)
+    updates, data_error = read_ahead(schedule, sources, rank, device, progress.step), None
     validation_metrics, probe, gradient_ranks = {}, {}, {}
     with catch_signals() as signals:
         while True:
@@ -526,7 +587,12 @@ def main(argv):
                     validation_metrics |= adaptation.measure(learner.decoder, dtype, is_last)
                 log("log.jsonl", {"flops": progress.flops, "seconds": progress.seconds, **validation_metrics})
                 print0(logs.evaluation_line(progress.step, validation_metrics, probe), flush=True)
-            stop = machine.any_rank(signals)  # a signal reaches the ranks at different times: stop together
+            try:
+                micro_steps, waited = next(updates, ([], 0.0))  # there are none after the last
+            except UserError as error:
+                data_error = error
+            # One rank may have a signal, or data that cannot be read, before the others: stop together.
+            stop = machine.any_rank(signals or data_error)
             if rank == 0 and progress.step != resumed_at:
                 if due(cfg.checkpoint_every, progress.step) or stop or is_last:
                     state = checkpoint_state(cfg, corpus, learner, optimizers, progress)
@@ -536,10 +602,10 @@ def main(argv):
 
             # One update: forward, backward, clip, step
             learner.train()
-            start, weights = time.perf_counter(), loss_weights(cfg, progress.step)
+            start, weights = time.perf_counter() - waited, loss_weights(cfg, progress.step)
             metrics = {}
-            for micro in range(schedule.micro_steps):
-                kind, batch, waited = next(batches)
+            for micro, (kind, batch) in enumerate(micro_steps):
+                batch = type(batch)(*(t.to(device, non_blocking=True) for t in batch))
                 # DDP sums the gradients over ranks in the last backward pass alone.
                 no_sync = world > 1 and micro < schedule.micro_steps - 1
                 with model.no_sync() if no_sync else nullcontext():
@@ -550,7 +616,7 @@ def main(argv):
                     metrics.setdefault(name, []).append(value)
                 lm_tokens = batch.lm_tokens if "lm" in losses else 0
                 progress.count(kind, batch.tokens * world, lm_tokens * world,
-                               learner.flops(kind, batch) * world, waited)
+                               learner.flops(kind, batch) * world)
             totals = sum_over_ranks(metrics, device, world)
             grad_norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)
             is_bad = (~torch.isfinite(grad_norm) | (totals.pop(BAD_LOSSES)[0] > 0)).float()
@@ -559,7 +625,7 @@ def main(argv):
                 gradient_ranks = probes.gradient_ranks(learner.decoder)
                 start += time.perf_counter() - paused
             optimizer_step(optimizers, lr_factor(cfg, progress.step), is_bad)
-            progress.finish_update(totals, is_bad)
+            progress.finish_update(totals, is_bad, waited)
             is_log_due = progress.step % cfg.log_every == 0 or progress.step == cfg.max_steps
             if is_log_due:
                 machine.synchronize(device)
@@ -575,7 +641,10 @@ def main(argv):
                 progress.start_interval()
             require_finite(cfg, progress)
 
-    batches.close()
+    updates.close()
+    if data_error:
+        raise UserError(f"stopped at step {progress.step}, which is saved: {data_error}; restore it, and the "
+                        "same command resumes")
     if not is_last:
         print0(f"stopped   at step {progress.step}; the same command resumes from there")
     elif rank == 0 and progress.step != resumed_at:

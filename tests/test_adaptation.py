@@ -156,3 +156,17 @@ def test_the_script_measures_finished_runs(toy, tmp_path, capsys):
     adaptation.main([str(tmp_path)])
     line = json.loads(capsys.readouterr().out)
     assert line["step"] == 1 and {"final/mask_query_acc", "final/context_query_acc_error"} <= line.keys()
+
+
+def test_what_cannot_be_measured_names_its_reason(folder, tmp_path):
+    (tmp_path / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
+    for ids, reason in (
+        (np.arange(TOY_VOCAB + 1), "holds ids that the tokenizer lacks"),
+        (97 + np.random.default_rng(0).integers(0, 26, 5000), "no words between spaces"),
+        (256 + np.random.default_rng(0).integers(0, 20, 5000), "too frequent, above 4 times; raise"),
+    ):
+        for name in ("train", "val"):
+            write_bin(tmp_path / f"{name}_000000.bin", ids)
+        test = instrument(tmp_path)
+        assert test.pools == {} and reason in test.describe()
+    assert list(instrument(tmp_path, max_word_share=0.1).pools) == [""]

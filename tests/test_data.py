@@ -2,14 +2,17 @@
 
 import base64
 import json
+import random
+import unicodedata
 
 import numpy as np
 import pytest
 import torch
-from conftest import TOY_VOCAB, refuses, write_bin
+from conftest import SHARED, TOY_VOCAB, refuses, write_bin
 
 import data
 import prepare
+from config import UserError
 from data import Corpus, Episodes, Sequences, open_bin, open_corpus
 
 # ---- bins ----
@@ -57,15 +60,69 @@ def test_bad_bins_are_refused_in_one_line(tmp_path):
     odd = tmp_path / "val.bin"
     odd.write_bytes(b"abc")
     refuses(lambda: open_bin(odd), "3 bytes are not a positive number of uint16 tokens")
+    path.write_bytes(np.array([20240801, 7, 100], "<i4").tobytes() + bytes(1012 + 400))
+    refuses(lambda: open_bin(path), str(path), "llm.c writes for Llama 3")
+    write_bin(path, range(100))
+    path.write_bytes(path.read_bytes()[:1024] + np.arange(100, dtype="<u4").tobytes())
+    refuses(lambda: open_bin(path), str(path), "4 bytes of each")
     write_bin(path, [1, 700, 2])
     Corpus([path]).check(701)
-    refuses(lambda: Corpus([path]).check(700), str(path), "token id 700 is outside the vocabulary of 700")
+    refuses(lambda: Corpus([path]).check(700), str(path), "id 700 at 1 is outside the vocabulary of 700")
     refuses(lambda: open_corpus(tmp_path / "none"), "no data at", "python prepare.py")
     odd.unlink()
     refuses(lambda: open_corpus(tmp_path), "holds no val bins")
 
 
+@pytest.mark.parametrize("dtype", ["<i4", "<u4", "<i8"])
+def test_headerless_bins_of_wider_integers_are_refused(tmp_path, dtype):
+    """Their halves were read as tokens, every second one 0. Ids above 65,535 are not all 0 there."""
+    path, rng = tmp_path / "train.bin", np.random.default_rng(0)
+    for vocab_size in (65, 50257, 128256):
+        rng.integers(0, vocab_size, 5000).astype(dtype).tofile(path)
+        refuses(lambda: open_bin(path), str(path), "32 or 64 bits", ".astype('<u2').tofile('train.bin')")
+    for good in (rng.integers(0, 65, 5000), np.zeros(5000), rng.integers(0, 4, 5000), np.arange(5000) % 9):
+        good.astype("<u2").tofile(path)
+        assert open_bin(path).tolist() == good.tolist()
+
+
+def test_numpy_arrays_are_refused_under_any_name(tmp_path):
+    np.save(tmp_path / "train.npy", np.arange(100, dtype="<u2"))
+    refuses(lambda: open_corpus(tmp_path), "train.npy is a NumPy array", ".tofile('train.bin')")
+    (tmp_path / "train.npy").rename(tmp_path / "train.bin")
+    refuses(lambda: open_bin(tmp_path / "train.bin"), "train.bin is a NumPy array", ".tofile('train.bin')")
+    np.savez(tmp_path / "val.npz", np.arange(100, dtype="<u2"))
+    (tmp_path / "val.npz").rename(tmp_path / "val.bin")
+    refuses(lambda: open_bin(tmp_path / "val.bin"), "a zip archive")
+
+
+def test_nanogpts_character_level_bins_are_not_taken_for_gpt2s(tmp_path):
+    (tmp_path / "meta.pkl").write_bytes(b"")
+    refuses(lambda: data.load_tokenizer(tmp_path), "meta.pkl", "prepare.py")
+
+
 # ---- sequences ----
+
+
+def some_keys(seed):
+    return np.random.default_rng(seed).integers(2**64, size=8, dtype=np.uint64)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 17, 64, 1000, 4097])
+def test_a_permutation_by_number_takes_every_number_once(n):
+    orders = [data.permuted(np.arange(n), n, some_keys(seed)) for seed in range(3)]
+    assert all(sorted(order.tolist()) == list(range(n)) for order in orders)
+    assert n < 17 or not np.array_equal(*orders[:2])
+
+
+def test_a_permutation_by_number_looks_random():
+    """Against what a random one gives, within some standard errors."""
+    n = 30_000
+    order = data.permuted(np.arange(n), n, some_keys(0))
+    assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 5 / np.sqrt(n), "neighbours part"
+    assert np.abs(np.diff(order)).mean() == pytest.approx(n / 3, rel=0.03)
+    assert (order == np.arange(n)).sum() < 8, "about one number stays"
+    table = np.histogram2d(np.arange(n), order, bins=10)[0]  # each cell has 300 on average
+    assert ((table - 300) ** 2 / 300).sum() < 81 + 5 * np.sqrt(2 * 81), "all places, wherever from"
 
 
 def test_an_epoch_visits_every_sequence_once_and_epochs_differ(toy):
@@ -93,6 +150,9 @@ def test_sequences_are_a_pure_function_of_seed_and_index(toy):
     np.random.default_rng(0).random()
     assert torch.equal(a[[7, 20_000]].ids, b[[7, 20_000]].ids)
     assert not torch.equal(a[[7]].ids, Sequences(train, 32, 4)[[7]].ids)
+    n = int(a.ends[-1])
+    across = [n + 1, 3, n, 2]  # of two epochs, in any order
+    assert torch.equal(a[across].ids, torch.cat([b[[i]].ids for i in across]))
 
 
 def test_a_corpus_too_short_for_the_context_is_refused(toy):
@@ -110,6 +170,23 @@ def test_eval_sequences_shrink_to_a_short_corpus(tmp_path):
 def test_unigram_entropy(tmp_path):
     write_bin(tmp_path / "val.bin", [3] * 50 + [4] * 25 + [900] * 25)
     assert data.unigram_entropy(Corpus([tmp_path / "val.bin"])) == pytest.approx(1.5 * np.log(2))
+    # Only the first 20 M tokens counted, of whatever kind.
+    kinds = np.repeat(np.arange(16), 500_000)
+    kinds.astype("<u2").tofile(tmp_path / "val.bin")
+    assert data.unigram_entropy(Corpus([tmp_path / "val.bin"])) == pytest.approx(np.log(16), rel=1e-2)
+
+
+def test_an_id_that_the_sample_at_the_start_misses_is_told_when_it_is_read(tmp_path):
+    path = tmp_path / "train.bin"
+    ids = np.ones(8_000_000, "<u2")
+    ids[2 * data.STRETCH + 100] = 700
+    ids.tofile(path)
+    corpus = Corpus([path])
+    corpus.check(700)
+    sequences = Sequences(corpus, 2000, 0)
+    message = f"{path}: token id 700 at {2 * data.STRETCH + 100:,} is outside the vocabulary of 700"
+    refuses(lambda: [sequences[[i]] for i in range(4000)], message)
+    refuses(lambda: data.eval_sequences(corpus, 2000, 4000), message)
 
 
 # ---- episodes ----
@@ -334,6 +411,146 @@ def test_a_batch_in_which_no_words_repeat_has_no_episode(toy):
     sequences, tokenizer = Sequences(open_corpus(toy)[0], 32, 3), data.load_tokenizer(toy)
     batch = data.BatchEpisodes(sequences, tokenizer, 5, 3, 1, 2, seed=4)[range(2)]
     assert batch.words.shape == (2, 0) and batch.support.shape == (2, 0, 3) and batch.query.shape == (2, 0, 1)
+
+
+# ---- words of any script ----
+
+# Words are made of these letters, each of them followed by one of the marks or none.
+SCRIPTS = {
+    "Latin NFC": ("abcdeéfgiïklmnoöprsßtuüvz", ""),
+    "Latin NFD": ("abcdefgiklmnoprstuvz", "\u0301\u0308\u0327"),
+    "Devanagari": ("कखगघचछजटडणतदनपबमयरलवसह", "ािीुूेैोौ्ंँ़"),
+    "Tamil": ("கஙசஞடணதநபமயரலவழளறன", "ாிீுூெேைொோௌ்"),
+    "Thai": ("กขคงจชซดตทนบปพมยรลวสหอ", "ัิีึืุู็่้์"),
+    "Arabic": ("ابتثجحخدذرزسشصضطظعغفقكلمنهوي", "\u064b\u064e\u064f\u0650\u0651\u0652"),
+    "Hebrew": ("אבגדהוזחטיכלמנסעפצקרשת", "\u05b0\u05b4\u05b5\u05b6\u05b7\u05b8\u05bc"),
+    "Cyrillic": ("абвгдежзийклмнопрстуфхцчшщьыэюяё", ""),
+    "Korean": ("가나다라마바사아자차카타파하강남산문한국어말글학교", ""),
+}
+
+
+def make_words(letters, marks, n):
+    rng, words = random.Random(0), set()
+    while len(words) < n:
+        word = [rng.choice(letters) + rng.choice(["", *marks]) for _ in range(rng.randint(2, 4))]
+        words.add("".join(word))
+        words.add("".join(word) + rng.choice(letters) + rng.choice(["", *marks]))  # the first, longer
+    return sorted(words)
+
+
+def make_bins(folder, tokenizer, text):
+    """The train Corpus of a folder with this text and tokenizer."""
+    for name in ("train", "val"):
+        write_bin(folder / f"{name}_000000.bin", tokenizer.encode_ordinary(text))
+    data.save_tokenizer(tokenizer, folder)
+    return open_corpus(folder)[0]
+
+
+def targets_in_text(maker, episodes):
+    """(word, text after it) of every window of the episodes, found in the corpus and decoded."""
+    tokens, tokenizer = maker.corpus.shards[0], maker.tokenizer
+    contexts = np.lib.stride_tricks.sliding_window_view(tokens, maker.window + 1)
+    for index in range(episodes):
+        for word, windows in zip(*maker.episode(index)):
+            for ids, targets in windows:
+                text = np.append(np.where(ids == maker.mask_id, -1, ids), targets[-1])
+                for start in np.flatnonzero(((contexts == text) | (text == -1)).all(1)):
+                    end = start + maker.window
+                    if tokens[end - 1] == word:
+                        yield tokenizer.decode([word]), tokenizer.decode(tokens[end:end + 8].tolist())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_target_of_an_episode_is_a_fragment(tmp_path, script):
+    """In Devanagari 69% were, in Tamil 99%: a token that began with a mark passed for a new word."""
+    words, rng = make_words(*SCRIPTS[script], 1200), random.Random(1)
+    ends = [" ", " ", " ", ", ", ".\n", "! ", "; "]
+    text = "".join(rng.choice(words) + rng.choice(ends) for _ in range(60_000))
+    tokenizer = prepare.train_tokenizer([text], 2500)
+    maker = Episodes(make_bins(tmp_path, tokenizer, text), tokenizer, 16, 3, 1, 16, 0)
+    found = list(targets_in_text(maker, 8))
+    assert len(found) >= 8 * 16 * 4
+    for target, after in found:
+        assert target[0] == " " and target[1:] in words, f"{target!r} before {after[:9]!r}"
+        assert unicodedata.category(after[0])[0] not in "LM", f"{target!r} before {after[:9]!r}"
+
+
+def test_no_target_of_gpt2s_tokenizer_is_a_fragment(tmp_path, monkeypatch):
+    """It ends a word at a combining mark, so the text after the word decides."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
+    try:
+        tokenizer = data.load_tokenizer("gpt2")
+    except UserError as error:
+        pytest.skip(str(error))
+    rng = random.Random(0)
+    plain = [text[1:] for text in (tokenizer.decode([i]) for i in range(5000, 9000))
+             if text[0] == " " and text[1:].isascii() and text[1:].isalpha()][:1500]
+    words = plain + [word + rng.choice("\u0301\u0308\u094d\u064e") for word in plain]
+    text = " ".join(rng.choice(words) for _ in range(60_000))
+    maker = Episodes(make_bins(tmp_path, tokenizer, text), tokenizer, 16, 3, 1, 8, 0)
+    found = list(targets_in_text(maker, 8))
+    assert len(found) >= 8 * 16 * 4 and all(after[0] == " " for _, after in found)
+
+
+def test_what_continues_a_word():
+    tokens = [b" cafe", "\u0301".encode(), "\u0301s".encode(), b"'", b"s", "\u200d".encode(), b".", b" x",
+              "\u0301".encode()[:1], " \u0947".encode(), " naïve".encode(), b" 12"]
+    ranks = {bytes([i]): i for i in range(256)}
+    ranks |= {token: 256 + i for i, token in enumerate(t for t in tokens if t not in ranks)}
+    tokenizer = data.encoding("words", prepare.PATTERN, ranks)
+    for word_targets, words, continuing in (
+        ("spaced", [" cafe", " naïve"], ["\u0301", "\u0301s", "s", "\u200d", "\ufffd"]),
+        ("any", [" cafe", "s", " x", " naïve"], ["\u0301", "\u0301s", "\u200d", "\ufffd"]),
+    ):
+        tables = data.word_tables(tokenizer, word_targets)
+        ids = [tokenizer.encode_single_token(token) for token in tokens]
+        texts = [token.decode(errors="replace") for token in tokens]
+        assert [text for i, text in zip(ids, texts) if tables.word[i]] == words
+        assert [text for i, text in zip(ids, texts) if tables.continues[i]] == continuing
+
+
+def test_a_word_is_one_class_however_its_accents_are_written(tmp_path):
+    tokens = [" Café", "cafe\u0301", " tea"]
+    ranks = {bytes([i]): i for i in range(256)} | {t.encode(): 256 + i for i, t in enumerate(tokens)}
+    tables = data.word_tables(data.encoding("accents", prepare.PATTERN, ranks))
+    assert tables.spelling[256] == tables.spelling[257] != tables.spelling[258]
+    assert data.spells("a cafe, tea", "tea") and data.spells("steam tea", "tea")
+    assert not data.spells("steam, teas", "tea") and not data.spells("कि", "क")
+
+
+@pytest.mark.parametrize("letters", ["在图书馆学校天气今很好我们去公园的非常热闹", "กขคงจชซดตทนบปพมยรลัิี"])
+def test_text_without_spaces_is_told_and_gives_single_tokens_where_asked_to(tmp_path, letters):
+    rng = random.Random(0)
+    text = " ".join("".join(rng.choices(letters, k=rng.randint(20, 50))) for _ in range(1500))
+    tokenizer = prepare.train_tokenizer([text], 1500)
+    corpus = make_bins(tmp_path, tokenizer, text)
+    with pytest.raises(UserError, match="no words between spaces.*; set word_targets = any") as error:
+        Episodes(corpus, tokenizer, 16, 3, 1, 16, 0).episode(0)
+    assert "add text" not in str(error.value) and "lower ways" not in str(error.value)
+    batches = data.BatchEpisodes(Sequences(corpus, 64, 0), tokenizer, 4, 2, 1, 1, 0)
+    assert batches[range(8)].words.shape == (1, 0)
+    found = list(targets_in_text(Episodes(corpus, tokenizer, 16, 3, 1, 16, 0, word_targets="any"), 4))
+    assert len(found) >= 4 * 16 * 4
+    for target, after in found:
+        categories = [unicodedata.category(character)[0] for character in target.removeprefix(" ")]
+        assert set(categories) <= set("LM") and categories[0] == "L"
+        assert after == "" or unicodedata.category(after[0])[0] != "M", "no mark is cut off"
+    batches = data.BatchEpisodes(Sequences(corpus, 64, 0), tokenizer, 4, 1, 1, 1, 0, word_targets="any")
+    assert batches[range(16)].words.shape == (1, 4)
+
+
+def test_words_that_are_all_too_frequent_are_told(tmp_path):
+    rng = random.Random(0)
+    text = " ".join(rng.choice(make_words("abcdefgh", "", 40)) for _ in range(10_000))
+    tokenizer = prepare.train_tokenizer([text], 500)
+    corpus = make_bins(tmp_path, tokenizer, text)
+    with pytest.raises(UserError, match="of its .* words are too frequent.*; raise max_word_share") as error:
+        Episodes(corpus, tokenizer, 16, 3, 1, 16, 0).episode(0)
+    assert "add text" not in str(error.value) and "lower ways" not in str(error.value)
+    maker = Episodes(corpus, tokenizer, 16, 3, 1, 16, 0, max_share=0.1)
+    assert len(set(maker.episode(0)[0].tolist())) == 16
+    refuses(lambda: Episodes(corpus, tokenizer, 99, 3, 1, 16, 0, max_share=0.1).episode(0),
+            "different words are single tokens", "vocab_size")
 
 
 # ---- tokenizers ----

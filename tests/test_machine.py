@@ -1,5 +1,10 @@
 """machine.py: devices, dtypes and ranks."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -32,3 +37,21 @@ def test_bfloat16_is_chosen_where_the_processor_has_it(monkeypatch, instructions
 
 def test_any_rank_of_one_process():
     assert machine.any_rank([15]) and not machine.any_rank([])
+
+
+def test_one_writer_holds_a_folder_until_it_is_killed(tmp_path):
+    """Two processes are never both let in; who holds it is named, and a kill lets go of it."""
+    path = tmp_path / "lock"
+    code = ("import machine, sys, time\nwith machine.only_writer(sys.argv[1], 'out/a'):\n"
+            "    print('held', flush=True)\n    time.sleep(600)")
+    other = subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=Path(__file__).parents[1],
+                             stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"held\n"
+    with pytest.raises(UserError, match=f"out/a is being written by process {other.pid} on "):
+        with machine.only_writer(path, "out/a"):
+            raise AssertionError
+    other.kill()
+    other.wait()
+    with machine.only_writer(path, "out/a", wait=True):
+        assert str(os.getpid()) in Path(f"{path}.holder").read_text()
+    assert not Path(f"{path}.holder").exists()

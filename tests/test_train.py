@@ -501,12 +501,12 @@ def test_bad_data_is_refused_before_training(toy, tmp_path):
     (tmp_path / "tokenizer.json").write_text((toy / "tokenizer.json").read_text())
     for name in ("train_000000.bin", "val_000000.bin"):
         write_bin(tmp_path / name, np.arange(5000))
-    with pytest.raises(UserError, match="token id 4999 is outside the vocabulary of 3264"):
+    with pytest.raises(UserError, match="token id 4999 at 4,999 is outside the vocabulary of 3264"):
         run(tmp_path, tmp_path / "a", "--meta_share=0")
     # An id that the model has and the tokenizer has not ended in an IndexError when an episode met it.
     for name in ("train_000000.bin", "val_000000.bin"):
         write_bin(tmp_path / name, np.arange(TOY_VOCAB + 1))
-    with pytest.raises(UserError, match=f"token id {TOY_VOCAB} is outside the vocabulary of {TOY_VOCAB}"):
+    with pytest.raises(UserError, match=f"token id {TOY_VOCAB} at .* outside the vocabulary of {TOY_VOCAB}"):
         run(tmp_path, tmp_path / "a")
     run(tmp_path, tmp_path / "b", "--meta_share=0", "--max_steps=1")
     assert not (tmp_path / "a").exists()
@@ -592,8 +592,8 @@ def test_what_was_not_measured_does_not_count():
 
 def test_the_metrics_of_a_skipped_update_are_not_averaged_in():
     progress = Progress()
-    progress.finish_update({"a": torch.tensor([math.nan, 2.0])}, torch.tensor(1.0))
-    progress.finish_update({"a": torch.tensor([6.0, 2.0])}, torch.tensor(0.0))
+    progress.finish_update({"a": torch.tensor([math.nan, 2.0])}, torch.tensor(1.0), 0.0)
+    progress.finish_update({"a": torch.tensor([6.0, 2.0])}, torch.tensor(0.0), 0.0)
     assert progress.sums["a"].tolist() == [6.0, 2.0]
     assert progress.step == 2 and progress.skipped.tolist() == [1.0, 0.0], "in all, in a row"
 
