@@ -7,6 +7,7 @@ wandb never stops a run: where it is disabled or fails to start nothing is sent,
 import json
 import math
 import os
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -80,11 +81,20 @@ def training_line(progress, line):
 # ---- Weights & Biases ----
 
 
-def start_wandb(cfg, name, folder, run_id=None):
+AXES = ("step", "tokens", "flops", "seconds")  # of a run's lines; the first is what panels are drawn over
+HEAD = re.compile(r"(.+/\d\d+)/\d\d+")  # <what>/<layer>/<head>
+
+
+def start_wandb(cfg, name, folder, run_id=None, facts=None):
     """(send, finish) of a new wandb run, or of the run `run_id` continued; both do nothing if wandb is off.
 
-    cfg: a dataclass with the fields wandb (a mode) and wandb_project. send(line): a dict of scalars, "step"
-    among them; entropies of attention heads are also drawn as a heatmap.
+    cfg: a dataclass with the fields wandb (a mode) and wandb_project; facts: what wandb's config shows beside
+    its fields. send(line): a dict of scalars, "step" among them. The heads of a layer are sent as their mean,
+    entropies as a heatmap too: one panel for each head would be hundreds.
+
+    Where wandb does not know what the run did before, since it was offline then (or off), the lines of the
+    logs in `folder` are sent first: each part of a run is the whole run up to there, and `wandb sync`, which
+    lets the newest part of a run replace the others, gives one.
     """
     def guarded(call):
         def attempt(*args):
@@ -98,18 +108,55 @@ def start_wandb(cfg, name, folder, run_id=None):
     def start():
         import wandb
 
-        run = wandb.init(project=cfg.wandb_project, name=name, config=asdict(cfg), mode=cfg.wandb, dir=folder,
-                         id=run_id, resume="allow")
+        run = wandb.init(project=cfg.wandb_project, name=name, config=asdict(cfg) | (facts or {}), dir=folder,
+                         mode=cfg.wandb, id=run_id, resume="allow" if cfg.wandb == "online" else None)
         run.define_metric("*", step_metric="step")  # wandb's own step may not go back, as a resume does
+        for axis in AXES:  # by name, so that they are no curves over "step" but axes to choose
+            run.define_metric(axis)
+        best = {}
 
         def send(line):
-            if "entropy/00/00" in line:
-                line = line | {"entropy/heatmap": wandb.Image(heatmap(line))}
-            run.log(line)
+            image = {"entropy/heatmap": wandb.Image(heatmap(line))} if "entropy/00/00" in line else {}
+            run.log(layer_means(line) | image)
+            if update_best(best, line):  # define_metric's own minimum would start anew on a resume
+                run.summary.update(best)
+
+        for line in earlier_lines(folder) if run_id else []:
+            update_best(best, line) if run.resumed else send(line)
         return guarded(send), guarded(run.finish)
 
     started = guarded(start)() if cfg.wandb != "disabled" else None
     return started or (lambda line: None, lambda: None)
+
+
+def earlier_lines(folder):
+    """What a run has logged so far, in order of the steps."""
+    paths = [Path(folder, name) for name in ("probes.jsonl", "log.jsonl")]
+    texts = [path.read_text(encoding="utf-8").splitlines() for path in paths if path.exists()]
+    return sorted((json.loads(text) for text in sum(texts, [])), key=lambda line: line["step"])
+
+
+def update_best(best, line):
+    """Keeps in {"best/<metric>": value} the best of what is measured on held-out data; whether `line` has it.
+
+    Accuracies and F1 are better when higher, losses when lower; standard errors have no best.
+    """
+    measured = [key for key in line if key.startswith("val/") and not key.endswith("_error")
+                or key.endswith("dev_f1")]
+    for key in measured:
+        better = max if key.endswith(("_acc", "_f1")) else min
+        best[f"best/{key}"] = better(line[key], best.get(f"best/{key}", line[key]))
+    return bool(measured)
+
+
+def layer_means(line):
+    """`line` with <what>/<layer>, the mean over heads, instead of each <what>/<layer>/<head>."""
+    heads = {}
+    for key, value in line.items():
+        if match := HEAD.fullmatch(key):
+            heads.setdefault(match[1], []).append(value)
+    rest = {key: value for key, value in line.items() if not HEAD.fullmatch(key)}
+    return rest | {layer: sum(values) / len(values) for layer, values in heads.items()}
 
 
 def heatmap(metrics):

@@ -76,7 +76,6 @@ class Progress:
         """Means and rates since the last log line, for log.jsonl. peak_flops: what MFU is a share of."""
         interval, sums = self.interval, {name: total.tolist() for name, total in self.sums.items()}
         return {
-            "flops": self.flops, "seconds": self.seconds,
             **{name: total / count for name, (total, count) in sums.items() if count},
             **{f"share/{kind}": n / sum(self.micro_steps.values()) for kind, n in self.micro_steps.items()},
             "tok_per_s": interval["tokens"] / interval["seconds"],

@@ -423,6 +423,14 @@ def open_run_folder(cfg, last_step):
         logs.truncate_log(out_dir / name, last_step)
 
 
+def wandb_facts(device, dtype, world, learner):
+    """What wandb's config shows beside the settings; device and dtype are what "auto" came to."""
+    return {"device": str(device), "dtype": str(dtype).removeprefix("torch."), "ranks": world,
+            "machine": machine.describe(device, dtype),
+            "parameters": sum(p.numel() for p in learner.decoder.parameters()),
+            "head_parameters": sum(p.numel() for p in learner.head.parameters())}
+
+
 def print_setup(cfg, is_compiled, schedule, corpus, validation, learner, adaptation, resumed_at, saved_cfg):
     world = schedule.world
     held_out = sum(split.tokens for split in validation.values())
@@ -553,7 +561,8 @@ def main(argv):
     send, finish_wandb = (lambda line: None), (lambda: None)
     if rank == 0:
         open_run_folder(cfg, -1 if resumed_at is None else resumed_at)
-        send, finish_wandb = logs.start_wandb(cfg, out_dir.name, cfg.out_dir, progress.run_id)
+        send, finish_wandb = logs.start_wandb(cfg, out_dir.name, cfg.out_dir, progress.run_id,
+                                              wandb_facts(device, dtype, world, learner))
     is_compiled = compile_layers(cfg, device, learner)
     model = wrap_for_ranks(learner, device, world)
     peak_flops = machine.peak_flops(device, dtype) * world
@@ -566,7 +575,8 @@ def main(argv):
 
     def log(name, line):
         if rank == 0:
-            line = logs.finite({"step": progress.step, "tokens": progress.tokens} | line)
+            axes = {axis: getattr(progress, axis) for axis in logs.AXES}
+            line = logs.finite(axes | line)
             logs.append(out_dir / name, line)
             send(line)
 
@@ -585,7 +595,7 @@ def main(argv):
                 validation_metrics = evaluate(learner, eval_batches, device, rank, world)
                 if rank == 0 and adaptation is not None:
                     validation_metrics |= adaptation.measure(learner.decoder, dtype, is_last)
-                log("log.jsonl", {"flops": progress.flops, "seconds": progress.seconds, **validation_metrics})
+                log("log.jsonl", validation_metrics)
                 print0(logs.evaluation_line(progress.step, validation_metrics, probe), flush=True)
             try:
                 micro_steps, waited = next(updates, ([], 0.0))  # there are none after the last

@@ -27,6 +27,23 @@ def test_a_log_is_truncated_after_a_step(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
 
 
+def test_heads_become_the_mean_of_their_layer():
+    line = {"step": 3, "rank/resid/00": 7.0}
+    line |= {"entropy/00/00": 0.25, "entropy/00/01": 0.75, "entropy/11/00": 1.0}
+    assert logs.layer_means(line) == {"step": 3, "rank/resid/00": 7.0, "entropy/00": 0.5, "entropy/11": 1.0}
+
+
+def test_the_best_is_lowest_for_losses_and_highest_for_accuracies_and_f1():
+    best = {}
+    for line in ({"val/loss": 3.0, "val/news": 4.0, "val/mask_query_acc": 0.5, "ner/seed1/dev_f1": 0.25},
+                 {"val/loss": 2.0, "val/news": 5.0, "val/mask_query_acc": 0.25, "ner/seed1/dev_f1": 0.5},
+                 {"val/loss": 2.5, "val/mask_query_loss": 1.0, "val/mask_query_acc_error": 0.0}):
+        assert logs.update_best(best, line)
+    assert not logs.update_best(best, {"step": 7, "train/loss": 0.0, "ner/seed1/dev_loss": 0.0})
+    assert best == {"best/val/loss": 2.0, "best/val/news": 4.0, "best/val/mask_query_acc": 0.5,
+                    "best/val/mask_query_loss": 1.0, "best/ner/seed1/dev_f1": 0.5}
+
+
 def test_the_heatmap_shows_layers_by_heads():
     """Entropies rise from head to head here, so colours must differ, and a layer alike in all heads must
     not.

@@ -44,7 +44,7 @@ def write_run(folder, speed=1.0, layers=2, domains=(), episodes=False, probes=Tr
     if probes:
         lines = []
         for step in steps:
-            line = {"step": step, "tokens": 0}
+            line = {"step": step, "tokens": 0, "flops": flops * step, "seconds": 0.5 * step}
             for layer in range(layers):
                 bump = 10 + 10 * math.exp(-(((step - 100 - 10 * layer) / 50) ** 2))
                 for kind in ("rank/resid", "rank/v_proj", "rank/o_proj", "rank/down_proj"):
@@ -225,6 +225,7 @@ def test_a_probe_of_any_name_is_shown(tmp_path):
     for line in (line for runs in groups for run in runs for line in run["probes"]):
         line |= {"norm/resid/00": 10.0 + line["step"], "norm/resid/01": 3.0}
         line |= {"loss/of/probe": 1.0, "note/1": 2.0}  # no curves of layers
+    assert not {"tokens", "flops", "seconds"} & report.layer_curves(groups[0]).keys()  # axes of every line
     text = report.tables(groups, ["a", "b"])
     assert table_row(text, "| norm/resid ")[:2] == ["00", "only rise"]
     assert table_row(text, "| norm/resid                      |    01")[1] == "flat"

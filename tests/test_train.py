@@ -22,6 +22,7 @@ from conftest import TOY, TOY_VOCAB, same, toy_config, write_bin
 import checkpoint
 import config
 import data
+import logs
 import probes
 import train
 from config import UserError
@@ -184,7 +185,8 @@ def test_probing_the_checkpoints_gives_what_was_measured_live(whole):
     live = [line for line in log(out_dir, "probes.jsonl") if line["step"]]
     assert [line["step"] for line in again] == [5, 10], result.stderr
     for x, y in zip(again, live, strict=True):
-        assert x == pytest.approx(y, rel=1e-5)
+        counted = y.pop("flops")
+        assert counted > 0 and {key: x[key] for key in y} == pytest.approx(y, rel=1e-5)
 
 
 def test_train_loss_is_the_lm_loss_alone(toy, tmp_path, whole):
@@ -668,6 +670,15 @@ def test_each_group_keeps_its_own_rate():
     assert p.tolist() == pytest.approx([0.5, 0.5]) and q.tolist() == pytest.approx([0.95, 0.95])
 
 
+def test_fineweb_in_bins_of_llm_c_trains_as_it_is(tmp_path):
+    """As published: their names, a header and uint16 tokens of GPT-2; neither tokenizer nor meta.json."""
+    ids = np.random.default_rng(0).integers(0, 50257, 4000)
+    for name in ("fineweb_val_000000", "fineweb_train_000001", "fineweb_train_000002"):
+        write_bin(tmp_path / f"{name}.bin", ids)
+    flags = ["--max_steps=1", "--meta_share=0", "--vocab_size=50304", "--eval_episodes=0"]
+    assert run(tmp_path, tmp_path / "run", *flags)[0]["corpus_tokens"] == 8000
+
+
 def test_a_vanilla_run_ignores_the_settings_of_episodes(toy, tmp_path):
     assert run(toy, tmp_path, "--meta_share=0", "--adapt=(", "--max_steps=1")[0]["step"] == 1
 
@@ -729,28 +740,79 @@ def test_configs_load_with_the_overlay_and_their_batch_divides(name):
         )
 
 
-def test_wandb_offline_writes_a_run_that_wandb_reads_back(toy, tmp_path):
+def read_wandb(out_dir):
+    """(rows of the history, summary, config, {metric: its x axis}) of the one offline run in a folder."""
     from wandb.proto import wandb_internal_pb2
     from wandb.sdk.internal.datastore import DataStore
 
-    _, lines = run(toy, tmp_path, "--wandb=offline")
-    store, seen, keys = DataStore(), {}, set()
-    store.open_for_scan(str(next(tmp_path.glob("wandb/offline-run-*/*.wandb"))))
+    def values(items):
+        return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+    (path,) = out_dir.glob("wandb/offline-run-*/*.wandb")
+    store, history, summary, settings, axes = DataStore(), [], {}, {}, {}
+    store.open_for_scan(str(path))
     while (content := store.scan_data()) is not None:
         record = wandb_internal_pb2.Record()
         record.ParseFromString(content)
-        row = {
-            item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item
-        }
-        if "train/loss" in row:
-            seen[row["step"]] = row["train/loss"]
-        keys |= {item.key for item in record.run.config.update}
-    assert seen == pytest.approx({line["step"]: line["train/loss"] for line in lines if "train/loss" in line})
-    assert {"inner_lr", "d_model"} <= keys
-    heatmaps = sorted(tmp_path.glob("wandb/offline-run-*/files/media/images/entropy/heatmap_*.png"))
-    assert len(heatmaps) == len(log(tmp_path, "probes.jsonl")) == 3 and all(
-        path.stat().st_size > 1000 for path in heatmaps
+        history += [values(record.history.item)] if record.history.item else []
+        summary |= values(record.summary.update)
+        settings |= values(record.run.config.update)
+        if record.HasField("metric"):
+            axes[record.metric.name or record.metric.glob_name] = record.metric.step_metric
+    return history, summary, settings, axes
+
+
+def test_wandb_offline_writes_a_run_that_wandb_reads_back(toy, tmp_path):
+    """Was: both parts of a resumed offline run began at wandb's step 0, so the later one replaced the earlier
+    in `wandb sync`; now the later one is the whole run. At 12 x 12 there were 288 panels of heads.
+    """
+    run(toy, tmp_path / "first", "--wandb=offline", "--max_steps=5")
+    shutil.copytree(tmp_path / "first", tmp_path / "resumed", ignore=shutil.ignore_patterns("wandb"))
+    state, lines = run(toy, tmp_path / "resumed", "--wandb=offline")
+    history, summary, settings, axes = read_wandb(tmp_path / "resumed")
+    for name in ("train/loss", "val/loss", "rank/resid/01", "tokens", "flops"):
+        sent = [(row["step"], row[name]) for row in history if name in row]
+        logged = log(tmp_path / "resumed") + log(tmp_path / "resumed", "probes.jsonl")
+        written = [(line["step"], line[name]) for line in logged if name in line]
+        assert sorted(sent) == sorted(written) and len(sent) >= 3, name
+    assert all({"step", "tokens", "flops", "seconds"} <= row.keys() for row in history)
+    assert [row["step"] for row in history] == sorted(row["step"] for row in history)
+    assert axes["*"] == "step" and {"step", "tokens", "flops", "seconds"} <= axes.keys()
+
+    probed = log(tmp_path / "resumed", "probes.jsonl")
+    assert len(probed) == 3 and "entropy_nats/01/01" in probed[0]
+    for kind in ("entropy", "entropy_nats"):
+        means = [np.mean([line[f"{kind}/01/{head:02d}"] for head in range(2)]) for line in probed]
+        assert [row[f"{kind}/01"] for row in history if f"{kind}/01" in row] == pytest.approx(means)
+    assert not [key for row in history for key in row if key.startswith("entropy") and key.count("/") == 2]
+    heatmaps = sorted(tmp_path.glob("resumed/wandb/offline-run-*/files/media/images/entropy/heatmap_*.png"))
+    assert len(heatmaps) == 3 and all(path.stat().st_size > 1000 for path in heatmaps)
+
+    for key, better in (("val/loss", min), ("val/mask_query_acc", max)):
+        assert summary[f"best/{key}"] == pytest.approx(better(line[key] for line in lines if key in line))
+    assert settings["d_model"] == 24 and settings["ranks"] == 1
+    assert (settings["device"], settings["dtype"]) == ("cpu", "float32")
+    assert settings["parameters"] == sum(p.numel() for p in state["model"].values())
+    assert settings["head_parameters"] == sum(p.numel() for p in state["learner"].values())
+
+
+def test_a_run_that_wandb_knows_is_not_sent_again(toy, tmp_path, monkeypatch):
+    """Resumed online: the server has the earlier lines, and the best of all of them stays the best."""
+    import wandb
+
+    run(toy, tmp_path, "--max_steps=5")
+    (loss,) = {line["val/loss"] for line in log(tmp_path) if "val/loss" in line and line["step"] == 5}
+    logs.append(tmp_path / "log.jsonl", {"step": 5, "val/loss": 0.5})  # a best that the rest does not reach
+    sent, summary = [], {}
+    known = SimpleNamespace(
+        define_metric=lambda *args, **options: None, log=sent.append, finish=lambda: None, summary=summary,
+        resumed=True,
     )
+    monkeypatch.setattr(wandb, "init", lambda **options: known)
+    monkeypatch.setattr(wandb, "Image", lambda image: None)
+    run(toy, tmp_path, "--wandb=online")
+    assert min(line["step"] for line in sent) == 6
+    assert summary["best/val/loss"] == 0.5 < loss
 
 
 def test_wandb_disabled_is_not_even_imported(toy, tmp_path):
