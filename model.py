@@ -54,6 +54,22 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
 
+class KeyValueCache:
+    """The keys and values (B, G, T, C) of one layer for the T positions read so far, at most `size`."""
+
+    def __init__(self, size):
+        self.size, self.length = size, 0
+
+    def append(self, k, v):
+        """Adds those of the next positions, and returns all."""
+        if self.length == 0:
+            self.k, self.v = (x.new_empty(*x.shape[:2], self.size, x.shape[3]) for x in (k, v))
+        end = self.length + k.shape[2]
+        self.k[:, :, self.length:end], self.v[:, :, self.length:end] = k, v
+        self.length = end
+        return self.k[:, :, :end], self.v[:, :, :end]
+
+
 class Attention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
@@ -69,9 +85,11 @@ class Attention(nn.Module):
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in (q, k, v))
         return rotate(q, cos[-q.shape[2]:], sin[-q.shape[2]:]).to(v.dtype), rotate(k, cos, sin).to(v.dtype), v
 
-    def forward(self, x, cos, sin, visible=None, last=False):
+    def forward(self, x, cos, sin, visible=None, last=False, cache=None):
         q, k, v = self.qkv(x, cos, sin, last)
-        causal = visible is None and not last  # the last position sees all
+        if cache is not None:
+            k, v = cache.append(k, v)
+        causal = visible is None and q.shape[2] > 1  # one position alone is the last, and sees all
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).flatten(-2))  # (B, H, T or 1, C) -> (B, T or 1, D)
 
@@ -95,8 +113,9 @@ class Layer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(cfg.d_model, cfg.norm_eps)
         self.mlp = MLP(cfg)
 
-    def forward(self, x, cos, sin, visible=None, last=False):
-        x = (x[:, -1:] if last else x) + self.self_attn(self.input_layernorm(x), cos, sin, visible, last)
+    def forward(self, x, cos, sin, visible=None, last=False, cache=None):
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, visible, last, cache)
+        x = (x[:, -1:] if last else x) + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -116,26 +135,32 @@ class Backbone(nn.Module):
         self.register_buffer("cos", angle.cos().float(), persistent=False)
         self.register_buffer("sin", angle.sin().float(), persistent=False)
 
-    def positions(self, T):
-        """cos and sin of the first T positions, each (T, C)."""
-        if T > len(self.cos):
-            raise ValueError(f"{T} positions given, the model reads at most context = {len(self.cos)}")
-        return self.cos[:T], self.sin[:T]
+    def positions(self, T, start=0):
+        """cos and sin of the T positions from `start` on, each (T, C)."""
+        end = start + T
+        if end > len(self.cos):
+            raise ValueError(f"{end} positions given, the model reads at most context = {len(self.cos)}")
+        return self.cos[start:end], self.sin[start:end]
 
-    def forward(self, ids, visible=None, last=False):
+    def forward(self, ids, visible=None, last=False, caches=None):
         """ids (B, T) -> (B, T, D).
 
         visible (B, T) bool turns the causal mask off: every position attends to all that are True, the
         rest is padding. last: only the last position's features, (B, 1, D); the top layer computes
-        nothing else.
+        nothing else. caches: a KeyValueCache of each layer, filled by this call; where they hold positions
+        already, ids (B, 1) is the next one.
         """
-        rope = self.positions(ids.shape[1])
+        start = caches[0].length if caches else 0
+        if start > 0 and ids.shape[1] > 1:
+            raise ValueError(f"{ids.shape[1]} positions given after {start} in the cache: give one at a time")
+        rope = self.positions(ids.shape[1], start)
         x = self.embed_tokens(ids)  # (B, T, D)
         if visible is not None:
             rope = (*rope, visible[:, None, None])  # (B, 1, 1, T), for all heads and queries
-        for layer in self.layers[:-1]:
-            x = layer(x, *rope)
-        return self.norm(self.layers[-1](x, *rope, last=last))
+        caches = caches or [None] * len(self.layers)
+        for layer, cache in zip(self.layers[:-1], caches):
+            x = layer(x, *rope, cache=cache)
+        return self.norm(self.layers[-1](x, *rope, last=last, cache=caches[-1]))
 
 
 def softmax_loss(logits, target, dtype):
@@ -226,9 +251,9 @@ class Decoder(nn.Module):
                 std = 0.02 / math.sqrt(2 * self.cfg.n_layers) if writes else 0.02
                 nn.init.normal_(parameter, std=std, generator=generator)
 
-    def hidden(self, ids, visible=None, last=False):
-        """ids (B, T) -> features before the output layer (B, T, D); visible and last as in `Backbone`."""
-        return self.model(ids, visible, last)
+    def hidden(self, ids, visible=None, last=False, caches=None):
+        """ids (B, T) -> features before the output layer (B, T, D); the rest as in `Backbone`."""
+        return self.model(ids, visible, last, caches)
 
     def forward(self, ids, targets=None):
         """ids (B, T) -> logits (B, T, V); with targets (B, T), the mean cross-entropy in nats instead."""
@@ -262,11 +287,27 @@ class Decoder(nn.Module):
         top_flops = 2 * T * keys + 2 * (matrices - keys) + scores if last else layer_flops
         return (self.cfg.n_layers - 1) * layer_flops + top_flops, 2 * T * self.lm_head.weight.numel()
 
-    @torch.no_grad()
     def generate(self, ids, n, temperature=1.0, top_k=None, generator=None):
-        """ids (B, T) followed by n sampled tokens, (B, T + n). temperature 0: always the likeliest token."""
+        """ids (B, T) followed by n sampled tokens, (B, T + n); how as in `sample`."""
+        return torch.cat((ids, *self.sample(ids, n, temperature, top_k, generator)), dim=1)
+
+    @torch.no_grad()
+    def sample(self, ids, n, temperature=1.0, top_k=None, generator=None):
+        """Yields n tokens (B, 1) that follow ids (B, T), one by one.
+
+        temperature 0: always the likeliest token. top_k: of the likeliest k alone. Each token is drawn after
+        the `context` tokens before it, at positions 0 to context - 1. Within the context keys and values are
+        kept, and only the newest token is read. Past it every position moves by one for each token, and the
+        first is gone from what the others have read: the whole window is read anew.
+        """
+        size = min(self.cfg.context, ids.shape[1] + n)
+        caches = [KeyValueCache(size) for _ in self.model.layers]
+        unread = ids
         for _ in range(n):
-            logits = self.lm_head(self.hidden(ids[:, -self.cfg.context:], last=True)[:, 0]).float()  # (B, V)
+            if ids.shape[1] > self.cfg.context:
+                caches, unread = None, ids[:, -self.cfg.context:]
+            x = self.hidden(unread, last=True, caches=caches)
+            logits = self.lm_head(x[:, 0]).float()  # (B, V)
             if temperature == 0:
                 new = logits.argmax(-1, keepdim=True)
             else:
@@ -274,5 +315,5 @@ class Decoder(nn.Module):
                     kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
                     logits = logits.masked_fill(logits < kth, -math.inf)
                 new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-            ids = torch.cat((ids, new), dim=1)
-        return ids
+            yield new
+            ids, unread = torch.cat((ids, new), dim=1), new

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import config
 import train
-from model import Decoder, ModelConfig, rotate
+from model import Decoder, KeyValueCache, ModelConfig, rotate
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SMALL = ModelConfig(d_model=48, n_layers=3, n_heads=6, n_kv_heads=2, vocab_size=211, context=64)
@@ -153,6 +153,50 @@ def test_generate():
     )
     a, b = (decoder.generate(ids, 10, generator=torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(a, b)
+
+
+def uncached(decoder, ids, n, temperature, top_k, seed):
+    """What `generate` should give: all logits of the last `context` tokens, anew for each token."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(n):
+        logits = decoder(ids[:, -decoder.cfg.context :])[:, -1]
+        if temperature == 0:
+            new = logits.argmax(-1)[:, None]
+        else:
+            for row in logits if top_k else []:
+                row[row < row.sort().values[-top_k]] = -math.inf
+            new = torch.multinomial(F.softmax(logits / temperature, -1), 1, generator=generator)
+        ids = torch.cat((ids, new), 1)
+    return ids
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("temperature, top_k", [(0, None), (1.0, None), (0.7, 5)])
+@pytest.mark.parametrize("T, n", [(1, 40), (20, 60), (64, 3), (90, 5)])
+def test_generate_with_cached_keys_and_values_is_as_without(T, n, temperature, top_k):
+    """From one token, up to the context of 64, past it, and from a longer prompt."""
+    decoder, ids = sharp(SMALL).double(), torch.randint(0, 211, (3, T))
+    made = decoder.generate(ids, n, temperature, top_k, torch.Generator().manual_seed(5))
+    assert torch.equal(made, uncached(decoder, ids, n, temperature, top_k, 5))
+
+
+def test_within_the_context_each_token_is_read_once():
+    decoder, read = sharp(SMALL), []
+    hook = decoder.model.embed_tokens.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
+    decoder.generate(torch.zeros(2, 50, dtype=torch.long), 18)
+    hook.remove()
+    assert read == [50, *[1] * 14, 64, 64, 64]
+
+
+@torch.no_grad()
+def test_cached_features_are_those_of_the_whole_sequence():
+    decoder, ids = sharp(SMALL).double(), torch.randint(0, 211, (2, 30))
+    caches = [KeyValueCache(30) for _ in decoder.model.layers]
+    parts = [decoder.hidden(ids[:, :20], caches=caches)]
+    parts += [decoder.hidden(ids[:, i : i + 1], caches=caches) for i in range(20, 30)]
+    assert torch.allclose(torch.cat(parts, 1), decoder.hidden(ids), atol=1e-10)
+    with pytest.raises(ValueError, match="2 positions given after 30 in the cache"):
+        decoder.hidden(ids[:, :2], caches=caches)
 
 
 @pytest.mark.parametrize("layers", [1, 3])
