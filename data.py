@@ -53,12 +53,50 @@ def encoding(name, pattern, ranks):
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
+class HuggingFaceTokenizer:
+    """The tokenizer of an imported model (export.py), with the methods of a tiktoken Encoding that reading
+    and writing text take. Those of episodes are refused: it has no <|mask|>, and its tokens are no bytes.
+    """
+
+    name = "huggingface"
+
+    def __init__(self, spec):
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise UserError("an imported model's tokenizer needs a package: pip install tokenizers") from None
+        self.spec, self.eot_token = spec, spec["ids"]["eos_token_id"]
+        self.special, self.ordinary = (Tokenizer.from_str(json.dumps(spec["tokenizer"])) for _ in range(2))
+        self.ordinary.encode_special_tokens = True  # as the text that they are
+        self.n_vocab = 1 + max(self.special.get_vocab().values())  # ids may have gaps
+
+    def encode(self, text, allowed_special="all"):
+        """The ids of a text that begins here: special tokens read as such, those of a beginning added."""
+        return self.special.encode(text).ids
+
+    def encode_ordinary(self, text):
+        return self.ordinary.encode(text, add_special_tokens=False).ids
+
+    def encode_to_numpy(self, text, disallowed_special=()):
+        return np.array(self.encode_ordinary(text), np.uint32)
+
+    def decode(self, ids):
+        return self.special.decode(ids, skip_special_tokens=False)
+
+    def token_byte_values(self):
+        raise UserError("episodes need a tokenizer of prepare.py, this is an imported model's: set "
+                        "meta_share = 0 and eval_episodes = 0")
+
+
 class NoDownload(UserError):
     """tiktoken has no GPT-2 tokenizer at hand."""
 
 
 def tokenizer_spec(source):
-    """The content of a tokenizer.json: {"name": "gpt2"}, or name, pattern and tokens. `source` as below."""
+    """The content of a tokenizer.json: {"name": "gpt2"}, or name, pattern and tokens. `source` as below.
+
+    Of an imported model: name, the Hugging Face "tokenizer" and its "config", and "ids" of special tokens.
+    """
     if source == "gpt2":
         return {"name": source}
     path = Path(source)
@@ -72,7 +110,10 @@ def tokenizer_spec(source):
         return {"name": "gpt2"}
     try:
         spec = json.loads(path.read_text())
-        spec["name"] == "gpt2" or (spec["pattern"], spec["tokens"])
+        if spec["name"] == HuggingFaceTokenizer.name:
+            spec["tokenizer"], spec["config"], spec["ids"]["eos_token_id"]
+        elif spec["name"] != "gpt2":
+            spec["pattern"], spec["tokens"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is not a tokenizer that prepare.py wrote; remove it where the bins hold "
                         "GPT-2 tokens") from None
@@ -82,9 +123,12 @@ def tokenizer_spec(source):
 def load_tokenizer(source):
     """A tiktoken Encoding with <|endoftext|> and <|mask|>: "gpt2", or that of a folder of bins or of a run.
 
-    A folder without a tokenizer.json (bins from elsewhere) is taken to hold GPT-2 tokens.
+    A folder without a tokenizer.json (bins from elsewhere) is taken to hold GPT-2 tokens. Of an imported
+    model it is a HuggingFaceTokenizer.
     """
     spec = tokenizer_spec(source)
+    if spec["name"] == HuggingFaceTokenizer.name:
+        return HuggingFaceTokenizer(spec)
     if spec["name"] == "gpt2":
         try:
             gpt2 = tiktoken.get_encoding("gpt2")
@@ -103,7 +147,9 @@ def load_tokenizer(source):
 def save_tokenizer(tokenizer, folder):
     """Writes folder/tokenizer.json, which `load_tokenizer(folder)` reads; for gpt2 the name is enough."""
     spec = {"name": tokenizer.name}
-    if tokenizer.name != "gpt2":
+    if tokenizer.name == HuggingFaceTokenizer.name:
+        spec = tokenizer.spec
+    elif tokenizer.name != "gpt2":
         by_rank = sorted(tokenizer._mergeable_ranks, key=tokenizer._mergeable_ranks.get)
         tokens = [base64.b64encode(token).decode() for token in by_rank]
         spec |= {"pattern": tokenizer._pat_str, "tokens": tokens}

@@ -784,6 +784,12 @@ def load_tokenizer(folder, vocab_size):
         f"the tokenizer of {folder} has {tokenizer.n_vocab} ids, the model {vocab_size}: "
         "put the run's tokenizer.json beside the checkpoint",
     )
+    two, one = tokenizer.encode_ordinary(" the end"), map(tokenizer.encode_ordinary, (" the", " end"))
+    require(
+        two == sum(one, []),
+        f"the tokenizer of {folder} does not read a text word by word, so words have no sub-tokens of their "
+        "own: only tokenizers that take a word with the blank before it can be used",
+    )
     return tokenizer
 
 
