@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,6 +32,8 @@ import probes
 import train
 from config import UserError
 from schedule import Schedule
+
+NEW = 32  # tokens, after half a context, that generation is measured on
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,10 @@ def update(loss_of, params, optimizers):
 
 
 def rival(cfg, decoder, batch, dtype, is_compiled):
-    """(step, its loss) of the update that ours is compared with: same weights, batch, dtype and optimizer."""
+    """(step, its loss, its model) of the update that ours is compared with.
+
+    Weights, batch, dtype and optimizer are the same.
+    """
     device = batch.ids.device
     if cfg.against == "transformers":
         try:
@@ -158,7 +164,30 @@ def rival(cfg, decoder, batch, dtype, is_compiled):
 
     params = list(model.parameters())
     optimizers = [torch.optim.AdamW(params, lr=cfg.lr, fused=True)]
-    return update(loss, params, optimizers), loss
+    return update(loss, params, optimizers), loss, model
+
+
+def generation(cfg, decoder, other, device, dtype):
+    """({name: a call}, tokens of the prompt, new tokens): one token after half a context, and NEW more.
+
+    Greedy, uncompiled. other: transformers' model with the same weights, or None.
+    """
+    prompt = torch.arange(cfg.context // 2, device=device)[None] % cfg.vocab_size
+    new = min(NEW, cfg.context - prompt.shape[1])
+
+    def ours(n):
+        with machine.autocast(device, dtype), decoder.eager():
+            return decoder.generate(prompt, n, temperature=0)
+
+    def theirs(n):
+        with machine.autocast(device, dtype), decoder.eager():
+            return other.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=n,
+                                  do_sample=False, eos_token_id=None, pad_token_id=0)
+
+    sides = {"our": ours, "their": theirs} if other is not None else {"our": ours}
+    calls = {f"{side} {what}": partial(call, n) for side, call in sides.items()
+             for what, n in (("prefill", 1), ("generation", 1 + new))}
+    return calls, prompt.shape[1], new
 
 
 def parts_of(decoder, batch, learner):
@@ -249,13 +278,18 @@ def bench(cfg):
         calls["inner loop"] = inner_loop_of(learner, batch["episodes"])
     calls |= parts
     with_memory = ["lm", "episodes"]
+    model = None
     if cfg.against:
-        other, loss = rival(cfg, decoder, batch["lm"], dtype, is_compiled)
+        other, loss, model = rival(cfg, decoder, batch["lm"], dtype, is_compiled)
         calls["our update"] = update(lambda: learner("lm", batch["lm"])[0]["lm"], params, optimizers)
         calls["their update"] = other
         with_memory += ["our update", "their update"]
         with torch.no_grad():
             our_loss, their_loss = learner("lm", batch["lm"])[0]["lm"].item(), loss().item()
+
+    theirs = model if cfg.against == "transformers" else None
+    generate, prompt_tokens, new_tokens = generation(cfg, decoder, theirs, device, dtype)
+    calls |= generate
 
     memory = {}
     for name in with_memory:
@@ -290,7 +324,12 @@ def bench(cfg):
         },
         "batch_ms": {kind: ms[f"{kind} batch"] for kind in series},
         "parts_ms": {name: ms[name] for name in parts},
+        "generation": {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens},
     }
+    for side in ("our", "their") if theirs is not None else ("our",):
+        decode_ms = ms[f"{side} generation"] - ms[f"{side} prefill"]
+        result["generation"][side] = {"prefill_tok_per_s": prompt_tokens / ms[f"{side} prefill"] * 1000,
+                                      "decode_tok_per_s": new_tokens / decode_ms * 1000}
     if "inner loop" in ms:
         result["inner_loop_share_of_episode"] = ms["inner loop"] / ms["episodes"]
     if cfg.against:
@@ -342,6 +381,14 @@ def print_result(result):
     lm_ms = result["steps"]["lm"]["ms"]
     print_table([["", "ms", "of the step"]]
                 + [[name, f"{ms:.1f}", f"{ms / lm_ms:.0%}"] for name, ms in result["parts_ms"].items()])
+    print("generate  tokens/s of one sequence, greedy and uncompiled")
+    it = result["generation"]
+    rows = [["", f"prefill of {it['prompt_tokens']}", f"decode of {it['new_tokens']}"]]
+    for side in ("our", "their"):
+        if side in it:
+            prefill, decode = it[side]["prefill_tok_per_s"], it[side]["decode_tok_per_s"]
+            rows.append([f"{side}s", f"{prefill:,.0f}", f"{decode:,.1f}"])
+    print_table(rows)
     if "against" in result:
         it = result["against"]
         print(f"against   {it['name']}: {it['their_ms']:,.0f} ms an update, ours {it['our_ms']:,.0f}: "

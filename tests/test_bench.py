@@ -49,9 +49,30 @@ def test_the_figures_add_up(capsys, flags):
 
 @pytest.mark.parametrize("against", ["naive", "transformers"])
 def test_what_is_compared_has_the_same_loss(capsys, against):
-    it = measure(capsys, f"--against={against}")["against"]
+    result = measure(capsys, f"--against={against}")
+    it, generation = result["against"], result["generation"]
     assert it["their_loss"] == pytest.approx(it["our_loss"], rel=1e-5)
     assert it["times_as_fast"] == pytest.approx(it["their_ms"] / it["our_ms"])
+    assert (generation["prompt_tokens"], generation["new_tokens"]) == (16, 16)
+    assert ("their" in generation) == (against == "transformers")
+
+
+def test_what_generates_beside_transformers_makes_the_same_tokens():
+    transformers = pytest.importorskip("transformers")
+    cfg = ModelConfig(d_model=48, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=211, context=64)
+    decoder = Decoder(cfg, torch.Generator().manual_seed(1))
+    settings = transformers.LlamaConfig(
+        vocab_size=211, hidden_size=48, intermediate_size=192, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=2, rms_norm_eps=1e-6,
+    )
+    other = transformers.LlamaForCausalLM(settings).eval()
+    with torch.no_grad():
+        for p in decoder.parameters():
+            p.mul_(8) if p.dim() == 2 else p.add_(0.3 * torch.randn(p.shape))
+    other.load_state_dict(decoder.state_dict())
+    calls, prompt, new = bench.generation(cfg, decoder, other, torch.device("cpu"), torch.float32)
+    assert torch.equal(calls["our generation"](), calls["their generation"]()) and (prompt, new) == (32, 32)
+    assert calls["our prefill"]().shape == (1, 33) and calls["our generation"]().shape == (1, 65)
 
 
 def test_an_episode_takes_no_more_memory_from_a_thousand_times_the_text():
@@ -97,6 +118,8 @@ def test_the_tables_name_every_measurement(capsys):
         "data, in the background ",
         "attention ",
         "MLP ",
+        "generate ",
+        "ours ",
     ):
         assert word in out
 
