@@ -7,9 +7,13 @@ train.py measures them during a run, without leaving a trace, and writes them to
 rank/<v_proj|o_proj|down_proj|resid>/<layer>; entropy/<layer>/<head>, normalised;
 entropy_nats/<layer>/<head>; and with probe_gradients, rank/grad_<v_proj|o_proj|down_proj>/<layer>. A new
 probe is a line in `measure`; named <what>/<layer>, it gets a panel and its phases in report.py too.
+
+Training waits for forward passes and Gram matrices alone: `Spectra` computes eigenvalues behind it.
 """
 import json
 import math
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +30,23 @@ class Config:
     data: str = ""  # folder of the bins to measure on; empty: the one that the run was trained on
 
 
+def gram(x):
+    """x.T @ x or x @ x.T of x (m, n), whichever is smaller, in float64 on the CPU."""
+    x = x.detach().cpu() if x.device.type == "mps" else x.detach()  # MPS has no float64
+    x = x.double()
+    x = x if x.shape[0] >= x.shape[1] else x.mT
+    return (x.mT @ x).cpu()
+
+
+def rank_of_gram(gram):
+    """The effective rank of the matrix whose Gram matrix this is."""
+    if not gram.isfinite().all():
+        return math.nan
+    sigma = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()  # (min(m, n),)
+    p = sigma / sigma.sum().clamp(min=torch.finfo(sigma.dtype).tiny)
+    return torch.special.entr(p).sum().exp().item() if sigma.sum() > 0 else 0.0
+
+
 def effective_rank(x, proportional=False):
     """exp of the entropy of the singular values of x (m, n), normalised to sum 1.
 
@@ -33,15 +54,8 @@ def effective_rank(x, proportional=False):
     proportional: divided by min(m, n). Source: Roy & Vetterli 2007, "The effective rank: a measure of
     effective dimensionality" (EUSIPCO). The Gram matrix squares the spectrum, hence float64.
     """
-    x = x.detach().cpu() if x.device.type == "mps" else x.detach()  # MPS has neither float64 nor eigenvalues
-    x = x.double()
-    if not x.isfinite().all():
-        return math.nan
-    x = x if x.shape[0] >= x.shape[1] else x.mT
-    sigma = torch.linalg.eigvalsh(x.mT @ x).clamp(min=0).sqrt()  # (min(m, n),)
-    p = sigma / sigma.sum().clamp(min=torch.finfo(sigma.dtype).tiny)
-    rank = torch.special.entr(p).sum().exp().item() if sigma.sum() > 0 else 0.0
-    return rank / len(sigma) if proportional else rank
+    rank = rank_of_gram(gram(x))
+    return rank / min(x.shape) if proportional else rank
 
 
 def attention_entropy(q, k, rows=128):
@@ -83,19 +97,19 @@ def matrices(decoder):
         yield f"down_proj/{i:02d}", layer.mlp.down_proj.weight
 
 
-def gradient_ranks(decoder):
-    """{metric: effective rank} of the gradients that a backward pass left."""
-    return {f"rank/grad_{name}": effective_rank(weight.grad) for name, weight in matrices(decoder)}
+def gradient_ranks(decoder, rank=effective_rank):
+    """{metric: rank} of the gradients that a backward pass left; `rank`: as in `measure`."""
+    return {f"rank/grad_{name}": rank(weight.grad) for name, weight in matrices(decoder)}
 
 
 @torch.no_grad()
-def measure(decoder, ids):
+def measure(decoder, ids, rank=effective_rank):
     """All probes of a Decoder on ids (B, T) except those of gradients: {metric: float}.
 
     Layers are called through `forward`, which bypasses what `compile()` installed: compiled graphs stay
-    as they are.
+    as they are. rank = gram leaves a matrix in the place of each rank, for `Spectra`.
     """
-    metrics = {f"rank/{name}": effective_rank(weight) for name, weight in matrices(decoder)}
+    metrics = {f"rank/{name}": rank(weight) for name, weight in matrices(decoder)}
     rope = decoder.model.positions(ids.shape[1])
     x = decoder.model.embed_tokens(ids)  # (B, T, D)
     for i, layer in enumerate(decoder.model.layers):
@@ -104,8 +118,52 @@ def measure(decoder, ids):
             metrics |= {f"{kind}/{i:02d}/{head:02d}": entropy for head, entropy in enumerate(entropies)}
         x = layer.forward(x, *rope)
         resid = x.flatten(0, 1).float()  # (B * T, D)
-        metrics[f"rank/resid/{i:02d}"] = effective_rank(resid - resid.mean(0))
+        metrics[f"rank/resid/{i:02d}"] = rank(resid - resid.mean(0))
     return metrics
+
+
+class Spectra:
+    """Turns the Gram matrices of probes into ranks, in threads of the host while training goes on.
+
+        spectra.add({"step": 100} | measure(decoder, ids, gram))
+        for line in spectra.finished(): ...                      # {"step": 100, "rank/resid/00": 45.2, ...}
+
+    Each thread computes on one core, so that training on a CPU loses one at most. On a GPU there are four:
+    at d_model 1536 one alone takes longer than 100 updates of eight H100.
+    """
+
+    def __init__(self, device):
+        threads = 1 if device.type == "cpu" else 4
+        self.pool = ThreadPoolExecutor(threads, "spectra", torch.set_num_threads, (1,))
+        self.pending = deque()  # lines, oldest first, with a Future for each matrix
+
+    def add(self, line):
+        """line: a dict with "step" whose matrices are Gram matrices; it comes back from `finished`."""
+        self.pending.append({key: self.pool.submit(rank_of_gram, value) if torch.is_tensor(value) else value
+                             for key, value in line.items()})
+
+    def finished(self, through=-1):
+        """Yields each line that is done, once, in order of their steps; waits for those up to step `through`.
+
+        An error in a thread is raised here.
+        """
+        while self.pending:
+            line = self.pending[0]
+            is_done = all(value.done() for value in line.values() if isinstance(value, Future))
+            if not is_done and line["step"] > through:
+                return
+            self.pending.popleft()
+            yield {key: value.result() if isinstance(value, Future) else value for key, value in line.items()}
+
+    def close(self):
+        """Gives up what is not finished."""
+        self.pool.shutdown(cancel_futures=True)
+
+
+def has_line(path, step):
+    """Whether probes.jsonl holds the probe of `step`."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return any(json.loads(line)["step"] == step for line in lines)
 
 
 def main(argv):

@@ -42,6 +42,7 @@ class Progress:
     # Tensors stay on the device, since reading them waits for it.
     sums: dict = field(default_factory=dict)  # {metric: (sum, micro-steps)} since the last log line
     skipped: torch.Tensor = field(default_factory=lambda: torch.zeros(2))  # updates skipped: in all, in a row
+    gradient_grams: dict = field(default_factory=dict)  # of a probe at this step; a resume may finish it
 
     def to(self, device):
         self.sums = {name: total.to(device) for name, total in self.sums.items()}

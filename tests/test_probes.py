@@ -3,14 +3,17 @@
 import json
 import math
 import shutil
+import threading
+from contextlib import closing
 
 import pytest
 import torch
-from conftest import TOY_VOCAB, refuses
+from conftest import TOY, TOY_VOCAB, refuses
 
 import checkpoint
 import data
 import probes
+import train
 from model import Decoder, ModelConfig
 
 CFG = ModelConfig(d_model=48, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=211, context=64)
@@ -181,3 +184,114 @@ def test_bad_input_of_the_command_ends_with_one_clear_line(toy, tmp_path):
     refuses(lambda: probes.main([run, run]), f"got {run}, {run}")
     refuses(lambda: probes.main([run, "--dat=x"]), "unknown key 'dat' in the flags; did you mean 'data'?")
     refuses(lambda: probes.main([f"{run}/no"]), f"no checkpoint in {run}/no")
+
+
+# ---- behind the training loop ----
+
+
+def flags_of(toy, out_dir, *flags):
+    return [*TOY, f"--data={toy}", f"--out_dir={out_dir}", "--max_steps=6", "--probe_every=2",
+            "--keep=9", "--eval_every=0", "--probe_gradients", *(flags or ["--checkpoint_every=2"])]
+
+
+def lines_of(out_dir):
+    return [json.loads(line) for line in (out_dir / "probes.jsonl").read_text().splitlines()]
+
+
+def test_ranks_of_gram_matrices_are_those_of_the_matrices_bit_for_bit():
+    torch.set_num_threads(1)  # with more threads LAPACK sums in another order
+    decoder, ids = Decoder(CFG), torch.randint(0, 211, (4, 64))
+    decoder(ids, ids).backward()
+    expected = probes.measure(decoder, ids) | probes.gradient_ranks(decoder)
+    for layer in decoder.model.layers:  # as before there were Gram matrices
+        x = layer.mlp.down_proj.weight.detach().double()
+        sigma = torch.linalg.eigvalsh(x @ x.mT).clamp(min=0).sqrt()
+        assert torch.special.entr(sigma / sigma.sum()).sum().exp().item() in expected.values()
+    grams = probes.measure(decoder, ids, probes.gram) | probes.gradient_ranks(decoder, probes.gram)
+    with closing(probes.Spectra(torch.device("cpu"))) as spectra:
+        spectra.add({"step": 7, "tokens": 9} | grams)
+        decoder.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            decoder.model.layers[0].mlp.down_proj.weight.zero_()  # training goes on
+        assert list(spectra.finished(7)) == [{"step": 7, "tokens": 9} | expected]
+        assert list(spectra.finished(99)) == []
+
+
+def test_training_goes_on_while_spectra_are_computed(toy, tmp_path, monkeypatch):
+    """At 570M seven GPUs waited 10 to 60 s for the eigenvalues of each probe. Those of step 0 are held back
+    here until step 2 wants to be probed, so a loop that waited for them would never end.
+    """
+    rank_of_gram, is_needed, steps = probes.rank_of_gram, threading.Event(), []
+
+    def held_back(gram):
+        assert is_needed.wait(60), "the loop waits for the spectra"
+        return rank_of_gram(gram)
+
+    def spy(name, line, append=train.logs.append):
+        if "lr" in line:
+            steps.append(line["step"])
+            if line["step"] == 2:
+                is_needed.set()
+        append(name, line)
+
+    monkeypatch.setattr(probes, "rank_of_gram", held_back)
+    monkeypatch.setattr(train.logs, "append", spy)
+    train.main(flags_of(toy, tmp_path))
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines_of(tmp_path)] == [0, 2, 4, 6]
+
+
+def test_a_probe_lost_between_its_checkpoint_and_its_line_is_measured_again(toy, tmp_path):
+    """Killed right after the checkpoint of step 4, whose probe is not on disk yet: the same lines, ranks of
+    gradients too, none twice.
+    """
+    train.main(flags_of(toy, tmp_path))
+    whole = lines_of(tmp_path)
+    assert "rank/grad_o_proj/01" in whole[2] and "rank/grad_o_proj/01" not in whole[0]
+    for lost in (2, 3):  # the line of step 4 is missing, or there already
+        (tmp_path / "ckpt_000006.pt").unlink()
+        kept = [json.dumps(line) + "\n" for line in whole[:lost]]
+        (tmp_path / "probes.jsonl").write_text("".join(kept))
+        train.main(flags_of(toy, tmp_path))
+        assert lines_of(tmp_path) == whole
+    train.main(flags_of(toy, tmp_path))  # finished
+    assert lines_of(tmp_path) == whole
+
+
+def test_no_checkpoint_goes_past_a_probe_that_is_not_on_disk(toy, tmp_path, monkeypatch):
+    """Else a kill after it would lose the line for good. Spectra are held back until the loop waits."""
+    save, seen, is_waiting = checkpoint.save, [], threading.Event()
+    rank_of_gram, finished = probes.rank_of_gram, probes.Spectra.finished
+
+    def held_back(gram):
+        assert is_waiting.wait(60)
+        return rank_of_gram(gram)
+
+    def waits(self, through=-1):
+        if through >= 0:
+            is_waiting.set()
+        yield from finished(self, through)
+        is_waiting.clear()
+
+    def spy(out_dir, state, *args):
+        lines = lines_of(tmp_path) if (tmp_path / "probes.jsonl").exists() else []
+        seen.append((state["step"], [line["step"] for line in lines]))
+        return save(out_dir, state, *args)
+
+    monkeypatch.setattr(probes, "rank_of_gram", held_back)
+    monkeypatch.setattr(probes.Spectra, "finished", waits)
+    monkeypatch.setattr(checkpoint, "save", spy)
+    train.main(flags_of(toy, tmp_path, "--checkpoint_every=3"))
+    assert [step for step, _ in seen] == [0, 3, 6]
+    for step, probed in seen:
+        assert probed == list(range(0, step, 2))
+
+
+def test_an_error_in_a_thread_ends_the_run(toy, tmp_path, monkeypatch):
+    def broken(gram):
+        raise ZeroDivisionError("in a thread")
+
+    monkeypatch.setattr(probes, "rank_of_gram", broken)
+    with pytest.raises(ZeroDivisionError, match="in a thread"):
+        train.main(flags_of(toy, tmp_path))
+    assert not any(thread.name.startswith("spectra") for thread in threading.enumerate())
