@@ -19,7 +19,7 @@ Shapes: E episodes, N ways, K shots, Q queries, M = K + Q windows of a word, T p
 import itertools
 import json
 import math
-import sys
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -31,6 +31,11 @@ import data
 import machine
 from config import UserError
 from meta import Head, adapt, labels
+
+
+@dataclass(frozen=True)
+class Config:
+    """It has no settings of its own."""
 
 
 class AdaptationTest:
@@ -142,8 +147,8 @@ def main(argv):
     import train  # its Config reads that of the run
 
     folders, flags = config.operands(argv)
-    if not folders or flags:
-        sys.exit(__doc__.strip())
+    config.load(Config, flags, __doc__)
+    config.require(folders, "name the folders of runs, for instance out/demo; got none")
     for folder in folders:
         state = checkpoint.load(folder)
         cfg, decoder = checkpoint.load_config(train.Config, state), checkpoint.load_model(state)

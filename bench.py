@@ -47,6 +47,7 @@ class Config(train.Config):
         self.check_episodes()  # they are measured in a vanilla config too
         config.require(self.episodes_from == "windows", "bench.py measures episodes_from = windows alone")
         config.require_at_least(self, 1, "rounds")
+        config.require_at_least(self, 256 + len(data.SPECIAL) + self.ways, "vocab_size")  # bytes, then words
         config.require_choice(self, "against", "", "naive", "transformers")
 
 
@@ -271,7 +272,7 @@ def bench(cfg):
         "optimizer": optimize,
         "lm batch": lambda: new_batch("lm"),
         "episodes batch": lambda: new_batch("episodes"),
-        "probe": lambda: probes.measure(decoder, probe_ids),
+        "probe": lambda: probes.measure(decoder, probe_ids, probes.gram),  # what training waits for
         "log": lambda: logs.append(log.name, {"metrics": sums.tolist()}),
     }
     if learner.head_only:

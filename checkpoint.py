@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from config import UserError
+from config import MachineError, UserError
 from model import Decoder, ModelConfig
 
 
@@ -43,7 +43,7 @@ def save(out_dir, state, keep, keep_every=0):
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # PyTorch turns a full disk into a RuntimeError
         partial.unlink(missing_ok=True)
-        raise UserError(f"cannot write checkpoint {path}: {str(error).splitlines()[0]}") from None
+        raise MachineError(f"cannot write checkpoint {path}: {str(error).splitlines()[0]}") from None
     with suppress(OSError, AttributeError):  # the rename should reach the disk too; Windows cannot
         folder = os.open(out_dir, os.O_DIRECTORY)
         os.fsync(folder)

@@ -500,7 +500,7 @@ def eval_sequences(corpus, T, n):
     if T < 1:
         raise UserError(f"{corpus.paths[0]}: {longest} token is too short to evaluate on")
     ends = np.cumsum([max(0, (len(shard) - 1) // T) for shard in corpus.shards])
-    picked = np.unique(np.linspace(0, ends[-1] - 1, n).round().astype(int))
+    picked = np.unique(np.linspace(0, ends[-1] - 1, min(n, ends[-1])).round().astype(int))
     places = [locate(ends, number) for number in picked]
     rows = [corpus.read(shard, place * T, T + 1) for shard, place in places]
     tokens = torch.from_numpy(np.stack(rows).astype(np.int64))  # (n, T + 1)

@@ -4,9 +4,9 @@
     python train.py configs/11m.py configs/vanilla.py --out_dir=out/11m-vanilla    # files overlay each other
     torchrun --standalone --nproc_per_node=8 train.py configs/570m.py    # eight GPUs
 
-The same command again resumes from the newest checkpoint in out_dir. Ctrl-C or SIGTERM finishes the step,
-writes a checkpoint and exits with 0. From top to bottom: the settings, what each micro-step reads, what is
-trained, evaluation, messages, the loop.
+The same command again resumes from the newest checkpoint in out_dir. Ctrl-C, SIGTERM or SIGHUP finishes the
+step, writes a checkpoint and exits with 0. From top to bottom: the settings, what each micro-step reads, what
+is trained, evaluation, messages, the loop.
 """
 import json
 import math
@@ -14,7 +14,7 @@ import re
 import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -124,11 +124,31 @@ class Config(ModelConfig):
         config.require_positive(self, "max_word_share")
         config.require_at_least(self, 0, "inner_steps")
         config.require_positive(self, "inner_lr")
+        self.check_sizes()
         if self.eval_episodes > 0:
             config.require_at_least(self, 1, "eval_shots", "eval_queries", "eval_window")
             config.require_at_least(self, 2, "eval_ways", "context")
         if self.meta_share > 0:
             self.check_episodes()
+
+    def check_sizes(self):
+        """Refuses by arithmetic what the host could never hold, before anything is allocated."""
+        d, has_episodes = self.d_model, self.meta_share > 0
+        attention = 2 * d**2 * (self.n_heads + self.n_kv_heads) // self.n_heads
+        layer = attention + 3 * d * self.d_hidden
+        windows = self.episodes * self.ways * (self.shots + self.queries) * has_episodes
+        eval_windows = 4 * self.eval_episodes * self.eval_ways * (self.eval_shots + self.eval_queries)
+        width = self.head_width * has_episodes
+        for size, *keys in (  # bytes: of the schedule, of parameters, of token ids, of features
+            (48 * self.max_steps * (self.meta_blocks if has_episodes else 1), "max_steps"),
+            (8 * self.vocab_size * d + 4 * self.n_layers * layer, "d_model", "n_layers", "d_hidden",
+             "vocab_size"),
+            (4 * self.head_layers * width * max(width, d), "head_layers", "head_width"),
+            (16 * self.batch_size * self.context, "batch_size", "context"),
+            (16 * windows * self.window, "episodes", "ways", "shots", "queries", "window"),
+            (4 * eval_windows * d, "eval_episodes", "eval_ways", "eval_shots", "eval_queries"),
+        ):
+            config.require_fits(self, size, *keys)
 
     def check_episodes(self):
         config.require_at_least(self, 1, "meta_blocks", "shots", "queries", "episodes", "head_layers",
@@ -342,14 +362,20 @@ def wrap_for_ranks(learner, device, world):
 
 @contextmanager
 def catch_signals():
-    """Yields a list that SIGINT and SIGTERM add to: the step in progress ends well. A second Ctrl-C kills."""
+    """Yields a list that signals add to: the step in progress ends well. A second Ctrl-C kills.
+
+    SIGINT, SIGTERM, and SIGHUP of a terminal that is closed, except under nohup.
+    """
     received = []
 
     def on_signal(number, frame):
         received.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, on_signal) for number in numbers}
     try:
         yield received
     finally:
@@ -413,6 +439,8 @@ def sum_over_ranks(metrics, device, world):
 def open_run_folder(cfg, last_step):
     """Makes out_dir with config.json and tokenizer.json; its logs lose what lies after `last_step`."""
     out_dir = Path(cfg.out_dir)
+    config.require(out_dir.exists() or not out_dir.is_symlink(),
+                   f"out_dir = {out_dir} is a link to {out_dir.resolve()}, which does not exist: make it")
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         (out_dir / "config.json").write_text(json.dumps(asdict(cfg), indent=1) + "\n")
@@ -453,6 +481,9 @@ def print_setup(cfg, is_compiled, schedule, corpus, validation, learner, adaptat
     if cfg.warmup_steps >= cfg.max_steps > 0:
         print(f"note      max_steps = {cfg.max_steps} ends within warmup_steps = {cfg.warmup_steps}: "
               f"lr = {cfg.lr:g} is never reached")
+    if cfg.meta_share > 0 and cfg.meta_start >= cfg.max_steps > 0:
+        print(f"note      max_steps = {cfg.max_steps} ends before meta_start = {cfg.meta_start}: no episode "
+              "is read")
     if resumed_at is not None:
         finished = ": the run is finished" if resumed_at >= cfg.max_steps else ""
         print(f"resume    from {cfg.out_dir}/ckpt_{resumed_at:06d}.pt{finished}")
@@ -580,23 +611,37 @@ def main(argv):
             logs.append(out_dir / name, line)
             send(line)
 
+    def log_probes(through=-1):
+        """Those that are done; waits for those of steps up to `through`."""
+        for line in spectra.finished(through):
+            last_probe.update(line)
+            log("probes.jsonl", line)
+
+    # A run that was killed after a checkpoint and before the line of the probe there measures that again.
+    is_probe_lost = (rank == 0 and resumed_at is not None and cfg.probe_every > 0
+                     and resumed_at % cfg.probe_every == 0
+                     and not probes.has_line(out_dir / "probes.jsonl", resumed_at))
     updates, data_error = read_ahead(schedule, sources, rank, device, progress.step), None
-    validation_metrics, probe, gradient_ranks = {}, {}, {}
-    with catch_signals() as signals:
+    validation_metrics, last_probe = {}, {}
+    with closing(probes.Spectra(device)) as spectra, catch_signals() as signals:
         while True:
             # Between updates: probe, evaluate, checkpoint, stop? A resumed step has done all that.
             learner.eval()
-            if rank == 0 and due(cfg.probe_every, progress.step):
-                metrics = probes.measure(learner.decoder, probe_ids.to(device)) | gradient_ranks
-                log("probes.jsonl", metrics)
-                probe = {"step": progress.step} | metrics
+            if rank == 0 and (due(cfg.probe_every, progress.step) or is_probe_lost):
+                log_probes(progress.step - 1)  # at most one is unfinished, since its matrices take memory
+                metrics = probes.measure(learner.decoder, probe_ids.to(device), probes.gram)
+                spectra.add({"step": progress.step, "tokens": progress.tokens} | metrics
+                            | progress.gradient_grams)
+                is_probe_lost = False
             is_last = progress.step >= cfg.max_steps
             if due(cfg.eval_every, progress.step):
                 validation_metrics = evaluate(learner, eval_batches, device, rank, world)
                 if rank == 0 and adaptation is not None:
                     validation_metrics |= adaptation.measure(learner.decoder, dtype, is_last)
                 log("log.jsonl", validation_metrics)
-                print0(logs.evaluation_line(progress.step, validation_metrics, probe), flush=True)
+                log_probes()
+                print0(logs.evaluation_line(progress.step, validation_metrics, last_probe), flush=True)
+            log_probes()
             try:
                 micro_steps, waited = next(updates, ([], 0.0))  # there are none after the last
             except UserError as error:
@@ -605,9 +650,11 @@ def main(argv):
             stop = machine.any_rank(signals or data_error)
             if rank == 0 and progress.step != resumed_at:
                 if due(cfg.checkpoint_every, progress.step) or stop or is_last:
+                    log_probes(progress.step - 1)  # a resume from here does not measure them again
                     state = checkpoint_state(cfg, corpus, learner, optimizers, progress)
                     checkpoint.save(out_dir, state, cfg.keep, cfg.keep_every)
             if stop or is_last:
+                log_probes(progress.step)
                 break
 
             # One update: forward, backward, clip, step
@@ -630,9 +677,10 @@ def main(argv):
             totals = sum_over_ranks(metrics, device, world)
             grad_norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)
             is_bad = (~torch.isfinite(grad_norm) | (totals.pop(BAD_LOSSES)[0] > 0)).float()
+            progress.gradient_grams = {}
             if rank == 0 and cfg.probe_gradients and due(cfg.probe_every, progress.step + 1):
                 paused = time.perf_counter()  # the rest of the probe follows the update; neither is training
-                gradient_ranks = probes.gradient_ranks(learner.decoder)
+                progress.gradient_grams = probes.gradient_ranks(learner.decoder, probes.gram)
                 start += time.perf_counter() - paused
             optimizer_step(optimizers, lr_factor(cfg, progress.step), is_bad)
             progress.finish_update(totals, is_bad, waited)

@@ -18,13 +18,8 @@ from config import UserError
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TOY_VOCAB = 256 + 3000 + 2
 
-# Flags of a run of seconds on the toy corpus; each update has LM, episode or both kinds of micro-steps.
-TOY = f"""--d_model=24 --n_layers=2 --n_heads=2 --n_kv_heads=1 --vocab_size={TOY_VOCAB + 6} --context=32
---global_batch_size=16 --batch_size=4 --meta_blocks=2 --ways=4 --shots=2 --queries=2 --window=8
---inner_steps=3 --inner_lr=1
---warmup_steps=2 --lr=1e-3 --log_every=1 --eval_every=5 --probe_every=5 --checkpoint_every=5
---eval_sequences=8 --eval_ways=4 --eval_shots=2 --eval_queries=2 --eval_window=7
---report=False --device=cpu --dtype=float32""".split()
+# What a run of seconds on the toy corpus is started with. A file, so that flags may override it.
+TOY = [str(Path(__file__).with_name("toy_run.py"))]
 
 
 def write_bin(path, tokens):

@@ -742,7 +742,7 @@ def test_help_lists_every_flag_and_errors_leave_with_1():
         line = out.stdout.split(f"--{flag}=")[1].split("\n")[0]
         assert line.strip().count(" ") > 3
     out = subprocess.run([sys.executable, "eval_ner.py", "no/such"], cwd=ROOT, capture_output=True, text=True)
-    assert out.returncode == 1 and out.stderr == "error: no checkpoint at no/such\n"
+    assert out.returncode == 2 and out.stderr == "error: no checkpoint at no/such\n"
 
 
 # ---- other data, with a tag set of its own ----

@@ -33,11 +33,16 @@ from train import Config
 ROOT = Path(train.__file__).parent
 
 
+def last_of_each(*flags):
+    """A flag given twice is refused."""
+    return list({flag.split("=")[0]: flag for flag in flags}.values())
+
+
 def run(toy, out_dir, *flags):
     """A run in this process; gives its last checkpoint's state and the lines of log.jsonl without the
     clock's.
     """
-    train.main([*TOY, f"--data={toy}", f"--out_dir={out_dir}", "--max_steps=10", *flags])
+    train.main(TOY + last_of_each(f"--data={toy}", f"--out_dir={out_dir}", "--max_steps=10", *flags))
     return checkpoint.newest(out_dir), log(out_dir)
 
 
@@ -57,10 +62,7 @@ def process(toy, out_dir, *flags, ranks=0, script=ROOT / "train.py"):
             *launcher,
             str(script),
             *TOY,
-            f"--data={toy}",
-            f"--out_dir={out_dir}",
-            "--max_steps=10",
-            *flags,
+            *last_of_each(f"--data={toy}", f"--out_dir={out_dir}", "--max_steps=10", *flags),
         ],
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -520,7 +522,7 @@ def test_a_users_mistake_prints_one_line_and_no_traceback(tmp_path):
             [sys.executable, str(ROOT / "train.py"), *flags], capture_output=True, text=True, cwd=tmp_path
         )
         assert (
-            result.returncode == 1 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+            result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
         ), result.stderr
 
 

@@ -1,0 +1,360 @@
+"""Whatever a user may type wrong, in every command: one line, exit code 2, nothing written, no time lost."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TOY, TOY_VOCAB, refuses
+
+import adaptation
+import bench
+import checkpoint
+import config
+import data
+import eval_ner
+import prepare
+import probes
+import report
+import train
+from config import MachineError, UserError
+from model import Decoder, ModelConfig
+
+ROOT = Path(train.__file__).parent
+
+# Config files, by name.
+FILES = {
+    "raises": "raise ValueError('a\\nb')",
+    "exits": "raise SystemExit",
+    "exits0": "import sys\nsys.exit(0)",
+    "imports": "import no_such_module",
+    "defines": "def half(x):\n    return x / 2\n",
+    "takes": "from math import sqrt",
+    "syntax": "lr = 1 /",
+    "indent": "  lr = 1\n lr = 2",
+    "recursion": "def _f():\n    _f()\n_f()",
+    "memory": "ways = [0] * 10**13",
+    "typo": "max_step = 3",
+    "huge_float": "lr = 10**400",
+    "huge_int": "max_steps = 10**400",
+    "boolean": "max_steps = True",
+    "list": "lr = [1e-3] * 1000",
+    "null": "out_dir = None",
+    "path": "from pathlib import Path as _Path\nout_dir = _Path('x')",
+    "nul": "out_dir = 'a\\0b'",
+    "surrogate": "out_dir = '\\udcff'",
+    "nan": "lr = float('nan')",
+    "empty": "data = ''",
+}
+
+TRAIN = [
+    # types
+    ("--max_steps=1.5", "max_steps must be int, got '1.5'"),
+    ("--max_steps=1e3", "max_steps must be int"),
+    ("--max_steps=", "max_steps must be int, got ''"),
+    ("--max_steps=" + "9" * 5000, "max_steps must be int"),
+    ("--lr=fast", "lr must be float, got 'fast'"),
+    ("--lr=", "lr must be float"),
+    ("--lr=1,5", "lr must be float"),
+    ("--first_order=maybe", "first_order must be bool"),
+    ("--compile=1", "compile must be bool | None"),
+    # numbers out of range
+    ("--max_steps=-1", "max_steps must be at least 0, got -1"),
+    ("--lr=nan", "lr must be finite"),
+    ("--lr=inf", "lr must be finite"),
+    ("--lr=-inf", "lr must be finite"),
+    ("--lr=1e999", "lr must be finite"),
+    ("--lr=-1", "lr must be positive, got -1.0"),
+    ("--weight_decay=-0.1", "weight_decay must be at least 0"),
+    ("--beta2=1", "beta2 must lie in [0, 1)"),
+    ("--grad_clip=-1", "grad_clip must be at least 0"),
+    ("--seed=-1", "seed must be at least 0"),
+    ("--seed=9223372036854775808", "seed must be below 2**63"),
+    ("--batch_size=0", "batch_size must be at least 1"),
+    ("--keep=0", "keep must be at least 1"),
+    ("--ways=-3", "ways must be at least 2, got -3"),
+    ("--window=1", "window = 1 must lie in 2 to"),
+    ("--meta_share=1.1", "meta_share must lie in [0, 1]"),
+    ("--inner_lr=-1", "inner_lr must be positive"),
+    ("--max_word_share=0", "max_word_share must be positive"),
+    ("--eval_sequences=0", "eval_sequences must be at least 1"),
+    ("--rope_theta=0", "rope_theta must be positive"),
+    # choices, names, paths
+    ("--wandb=maybe", "wandb must be one of disabled, offline, online"),
+    ("--dtype=int8", "dtype must be one of"),
+    ("--device=warp", "device must be auto, cuda, mps or cpu"),
+    ("--device=", "device must not be empty"),
+    ("--out_dir=", "out_dir must not be empty"),  # wrote into the current folder
+    ("--adapt=", "adapt must not be empty"),  # meant all
+    ("--adapt=(", "neither head, all nor a regular expression"),
+    ("--data=", "data must not be empty"),
+    ("--data={tmp}/none", "{tmp}/none"),
+    ("--data={tmp}/notes.txt", "{tmp}/notes.txt"),  # a file for a folder
+    ("--data={tmp}/leer-\u00fc\u4e2d", "leer-\u00fc\u4e2d"),
+    ("--data=" + "x" * 5000, "File name too long"),
+    ("--data={toy} --out_dir=" + "x" * 5000, "File name too long"),
+    ("--data={toy} --out_dir={tmp}/notes.txt", "cannot write to out_dir = {tmp}/notes.txt"),
+    ("--data={toy} --out_dir={tmp}/link", "is a link to {tmp}/nowhere, which does not exist"),
+    ("--data={toy} --init_from={tmp}/none", "none"),
+    # how flags are written
+    ("--max_stesp=3", "did you mean 'max_steps'?"),
+    ("--warmup-steps=3", "did you mean 'warmup_steps'?"),
+    ("--gr\u00f6\u00dfe=3", "unknown key"),
+    ("--lr", "flags are written --key=value, got '--lr'"),
+    ("-lr=3", "flags are written --key=value"),
+    ("--=3", "flags are written --key=value"),
+    ("--" + "x" * 5000 + "=1", "unknown key"),
+    ("--lr=1 --lr=2", "--lr is given twice"),
+    ("--first_order --first_order=False", "--first_order is given twice"),
+    ("lr=3", "neither a config file (*.py) nor a flag"),
+    ("{tmp}/notes.txt", "neither a config file (*.py) nor a flag"),
+    ("{tmp}/none.py", "FileNotFoundError"),
+    ("{tmp}/folder.py", "config file {tmp}/folder.py"),
+    ("{tmp}/latin1.py", "config file {tmp}/latin1.py"),
+    # sizes that ended in memory errors, or never
+    ("--max_steps=100000000000", "too large: max_steps = 100000000000 would take"),
+    ("--n_layers=100000000", "too large: d_model = 24, n_layers = 100000000"),
+    ("--d_model=1200000", "too large: d_model = 1200000"),
+    ("--d_hidden=1000000000000", "too large"),
+    ("--vocab_size=100000000000", "vocab_size = 100000000000 is above 65536"),
+    ("--batch_size=1000000000000 --global_batch_size=1000000000000", "too large: batch_size"),
+    ("--context=1000000000000", "too large"),
+    ("--episodes=1000000000000", "too large: episodes"),
+    ("--shots=1000000000000", "too large: episodes"),
+    ("--eval_episodes=1000000000000", "too large: eval_episodes"),
+    ("--eval_ways=1000000000000", "too large: eval_episodes"),
+    ("--head_width=1000000000", "too large: head_layers"),
+]
+TRAIN += [
+    ("{tmp}/raises.py", "ValueError: a b"),
+    ("{tmp}/exits.py", "config file {tmp}/exits.py: SystemExit"),  # ended with exit code 0
+    ("{tmp}/exits0.py", "SystemExit"),
+    ("{tmp}/imports.py", "ModuleNotFoundError: No module named 'no_such_module'"),
+    ("{tmp}/defines.py", "unknown key 'half'"),
+    ("{tmp}/takes.py", "unknown key 'sqrt'"),
+    ("{tmp}/syntax.py", "SyntaxError"),
+    ("{tmp}/indent.py", "IndentationError"),
+    ("{tmp}/recursion.py", "RecursionError"),
+    ("{tmp}/memory.py", "MemoryError"),
+    ("{tmp}/typo.py", "did you mean 'max_steps'?"),
+    ("{tmp}/huge_float.py", "lr must be finite"),
+    ("{tmp}/huge_int.py", "max_steps must be below 2**63"),
+    ("{tmp}/boolean.py", "max_steps must be int, got True"),
+    ("{tmp}/list.py", "lr must be float, got [0.001"),
+    ("{tmp}/null.py", "out_dir must be str, got None"),
+    ("{tmp}/path.py", "out_dir must be str, got PosixPath('x')"),
+    ("{tmp}/nul.py", "out_dir must be text without NUL"),
+    ("{tmp}/surrogate.py", "out_dir must be text without NUL, in UTF-8"),
+    ("{tmp}/nan.py", "lr must be finite"),
+    ("{tmp}/empty.py", "data must not be empty"),
+]
+
+OTHERS = [
+    (prepare, "--out=", "out must not be empty"),
+    (prepare, "--out={tmp}/folder.py", "exists already"),
+    (prepare, "--out={tmp}/o --source=,,", "source = ',,' names nothing"),  # built the embedded corpus
+    (prepare, "--out={tmp}/o --source={tmp}/none.txt", "no such file or folder"),
+    (prepare, "--out={tmp}/o --source={tmp}/folder.py", "holds no file to read"),
+    (prepare, "--out={tmp}/o --source={tmp}/x.pdf", "convert or rename it"),
+    (prepare, "--out={tmp}/o --source={tmp}/notes.txt --val={tmp}/no.txt", "no file {tmp}/no.txt"),
+    (prepare, "--out={tmp}/o --source={tmp}/notes.txt --val={tmp}/notes.txt", "both source and validation"),
+    (prepare, "--out={tmp}/o --source={tmp}/../{base} --val={tmp}/notes.txt", "both source and validation"),
+    (prepare, "--val_share=0.9", "val_share must lie in [0, 0.5]"),
+    (prepare, "--val_share=nan", "val_share must be finite"),
+    (prepare, "--vocab_size=10", "vocab_size must lie in 258"),
+    (prepare, "--vocab_size=1000000000", "vocab_size must lie in"),
+    (prepare, "--shard_tokens=0", "shard_tokens must lie in 1"),
+    (prepare, "--max_tokens=-1", "max_tokens must be at least 0"),
+    (prepare, "--encoding=klingon", "encoding = 'klingon' is none that Python knows"),
+    (prepare, "--text_key=", "text_key must not be empty"),
+    (prepare, "--source=a --source=b", "--source is given twice"),
+    (prepare, "corpus.txt", "neither a config file (*.py) nor a flag"),
+    (eval_ner, "", "name one checkpoint or one run's folder"),
+    (eval_ner, "a b", "got 2 (a, b)"),
+    (eval_ner, "{tmp}/none", "no checkpoint at {tmp}/none"),
+    (eval_ner, "{tmp}/folder.py/", "no checkpoint in {tmp}/folder.py"),
+    (eval_ner, "{tmp}/notes.txt", "notes.txt"),
+    (eval_ner, "{run} --mode=half", "mode must be one of full, head, majority"),
+    (eval_ner, "{run} --shots=many", "shots must be numbers of sentences"),
+    (eval_ner, "{run} --seeds=0", "seeds must be at least 1"),
+    (eval_ner, "{run} --lr=-1", "lr must be positive"),
+    (eval_ner, "{run} --train=", "train must not be empty"),
+    (eval_ner, "{run} --checkpoint={run}", "--checkpoint is given twice"),
+    (report, "", "give one or two groups of runs"),
+    (report, "{tmp}/none", "{tmp}/none"),
+    (report, "{run} {run} {run}", "give one or two groups of runs"),
+    (report, "{run} --separator=", "separator must not be empty"),
+    (report, "{run} --out=", "out must not be empty"),
+    (report, "{run} --brief=yes", "brief must be bool"),
+    (probes, "", "name one run's folder"),
+    (probes, "a b", "got a, b"),
+    (probes, "{tmp}/none", "no checkpoint in {tmp}/none"),
+    (probes, "{run} --data={tmp}/none", "no data at {tmp}/none"),
+    (probes, "{run} --rank=3", "unknown key 'rank'"),
+    (adaptation, "", "name the folders of runs"),
+    (adaptation, "{tmp}/none", "no checkpoint at {tmp}/none"),
+    (adaptation, "{run} --data=x", "unknown key 'data'"),
+    (bench, "--vocab_size=200", "vocab_size must be at least 262, got 200"),  # ended in a traceback
+    (bench, "--rounds=0", "rounds must be at least 1"),
+    (bench, "--against=gpt", "against must be one of empty, naive, transformers"),
+    (bench, "--rounds=3 --rounds=4", "--rounds is given twice"),
+    (bench, "--n_layers=100000000", "too large"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    tmp = tmp_path_factory.mktemp("bad")
+    for name, text in FILES.items():
+        (tmp / f"{name}.py").write_text(text)
+    (tmp / "latin1.py").write_bytes(b"out_dir = 'gr\xf6\xdfe'\n")
+    (tmp / "notes.txt").write_text("Some words, and others.\n\n" * 50)
+    (tmp / "x.pdf").write_bytes(b"%PDF")
+    (tmp / "folder.py").mkdir()
+    (tmp / "link").symlink_to(tmp / "nowhere")
+    model = ModelConfig(d_model=24, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=TOY_VOCAB, context=32)
+    state = {"step": 3, "tokens": 96, "model": Decoder(model).state_dict(), "config": vars(model)}
+    (tmp / "run").mkdir()
+    checkpoint.save(tmp / "run", state, keep=1)
+    return tmp
+
+
+def files_in(folder):
+    return {str(path): path.lstat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def name_of(case):
+    return f"{getattr(case[0], '__name__', 'train')} {case[-2]}"[:50]
+
+
+@pytest.mark.parametrize(
+    "command, given, says",
+    [(train, *case) for case in TRAIN] + OTHERS,
+    ids=[name_of((train, *case)) for case in TRAIN] + list(map(name_of, OTHERS)),
+)
+def test_a_mistake_is_told_in_one_line(folder, toy, monkeypatch, capfd, command, given, says):
+    places = {"tmp": folder, "toy": toy, "run": folder / "run", "base": folder.name}
+    toys = TOY if command in (train, bench) else []
+    monkeypatch.setattr(sys, "argv", ["command", *toys, *given.format(**places).split()])
+    monkeypatch.chdir(folder)
+    before = files_in(folder)
+    with pytest.raises(SystemExit) as end:
+        config.run(command.main)
+    error = capfd.readouterr().err
+    assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+    assert says.format(**places) in error and len(error) < 1100, error
+    assert files_in(folder) == before
+
+
+def test_lengths_beyond_the_text_are_no_reason_to_allocate(toy):
+    """eval_sequences = 10^11 ended in a memory error."""
+    corpus = next(iter(data.open_corpus(toy)[1].values()))
+    few, all_of_it = (data.eval_sequences(corpus, 32, n).ids for n in (4, 10**11))
+    assert len(all_of_it) == 4999 // 32 and torch.equal(few, all_of_it[[0, 52, 103, 155]][:, :32])
+
+
+# ---- exit codes ----
+
+
+def full_disk():
+    raise OSError(errno.ENOSPC, "No space left on device", "out/log.jsonl")
+
+
+def wrapped():
+    try:
+        full_disk()
+    except OSError as error:
+        raise UserError(f"cannot write out/log.jsonl: {error.strerror}") from None
+
+
+def ends(error):
+    def main(argv):
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    "main, code, says",
+    [
+        (lambda argv: full_disk(), 1, "No space left on device: 'out/log.jsonl'"),
+        (lambda argv: wrapped(), 1, "cannot write out/log.jsonl: No space left on device"),
+        (ends(MachineError("rank 3 is gone")), 1, "rank 3 is gone"),
+        (ends(torch.OutOfMemoryError("CUDA out of memory. Tried\nto allocate")), 1, "Tried to allocate"),
+        (ends(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")), 1, "can't allocate"),
+        (ends(MemoryError()), 1, "MemoryError"),
+        (ends(PermissionError(errno.EACCES, "Permission denied", "/root")), 2, "Permission denied: '/root'"),
+        (ends(UserError("lr must be positive")), 2, "lr must be positive"),
+    ],
+)
+def test_a_failure_of_the_machine_is_no_mistake_of_the_user(monkeypatch, capsys, main, code, says):
+    with pytest.raises(SystemExit) as end:
+        config.run(main)
+    error = capsys.readouterr().err
+    assert end.value.code == code and says in error and error.count("\n") == 1
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="shapes"):
+        config.run(ends(RuntimeError("shapes do not match")))
+
+
+@pytest.mark.parametrize("command", [train, prepare, eval_ner, report, probes, adaptation, bench])
+def test_help_is_no_error_and_says_the_exit_codes(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        command.main(["--help"])
+    out, error = capsys.readouterr()
+    assert end.value.code == 0 and "2 for a mistake in what was given, 1 for a failure" in out and not error
+
+
+def test_help_into_a_closed_pipe_is_no_error():
+    """`train.py --help | head` ended in a BrokenPipeError."""
+    command = f"set -o pipefail; {sys.executable} train.py --help | {sys.executable} -c pass"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+
+
+# ---- under torchrun, and in a terminal ----
+
+
+def test_under_torchrun_the_first_rank_alone_says_what_is_wrong():
+    """A bad flag was told once by every rank."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", "--lr=-1"]
+    done = subprocess.run([sys.executable, *launcher], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    said = done.stderr
+    assert done.returncode == 1 and said.count("error: lr must be positive, got -1.0") == 1, said
+    assert "exitcode  : 2" in said
+
+
+def test_a_rank_whose_settings_alone_are_wrong_speaks_in_the_end(monkeypatch):
+    waited = []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(config.time, "sleep", waited.append)
+    refuses(lambda: config.load(train.Config, ["--lr=-1"]), "lr must be positive")
+    assert waited == [30]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has none")
+def test_a_closed_terminal_stops_a_run_as_sigterm_does():
+    """SIGHUP killed a run without a checkpoint; under nohup it is to go on."""
+    with train.catch_signals() as received:
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert received == [signal.SIGHUP]
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with train.catch_signals() as received:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert received == [] and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+def test_a_run_that_ends_before_its_first_episode_says_so(toy, tmp_path, capsys):
+    """meta_start >= max_steps was accepted in silence: a vanilla run that believes to be a hybrid one."""
+    flags = ["--max_steps=1", "--meta_start=1", "--eval_every=0", "--probe_every=0"]
+    train.main([*TOY, f"--data={toy}", f"--out_dir={tmp_path}", *flags])
+    assert "max_steps = 1 ends before meta_start = 1: no episode is read" in capsys.readouterr().out
