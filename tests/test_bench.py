@@ -126,4 +126,4 @@ def test_the_tables_name_every_measurement(capsys):
 )
 def test_bad_flags_are_told(flag, message):
     with pytest.raises(UserError, match=message):
-        bench.main([*TINY, flag])
+        bench.main([*TOY, flag])

@@ -66,7 +66,7 @@ CHECKS = {
         assert sorted(learned) == sorted(rates), "every rate has a gradient"
         assert rates["rates.head/out/weight"].shape == (cfg.head_width,), "alike for all ways"
         with pytest.raises(UserError, match="a learned inner rate gets no gradient in first-order MAML"):
-            train.main([*base, "--out_dir=first", "--inner_lr=0.1"])
+            train.main([*sys.argv[1:], "--out_dir=first", "--inner_lr=0.1"])
         """,
     "qk-norm": """
         norms = [p for name, p in state["model"].items() if "q_norm" in name or "k_norm" in name]
