@@ -5,11 +5,16 @@
 
 train.py, eval_ner.py and bench.py share it.
 """
+import errno
 import os
+import re
+import signal
 import socket
 import sys
 import time
-from contextlib import contextmanager
+import traceback
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -22,6 +27,9 @@ DTYPES = ("auto", "bfloat16", "float32")
 PEAK_FLOPS = {  # dense bfloat16 FLOP/s by data sheet
     "H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12,
 }
+
+TIMEOUT = timedelta(minutes=10)  # of a collective, for a rank that hangs or whose machine is gone
+LAST_WORDS = 10  # seconds in which ranks tell each other why they end; torchrun kills them after 30
 
 
 def rank_and_world():
@@ -38,10 +46,11 @@ def only_writer(path, what, wait=False):
     """Keeps other processes from writing `what` while the context lasts, by a lock on the file `path`.
 
     The kernel lets go of it when the process dies, however it does. Where another process holds it, raises a
-    UserError that names it, or, with `wait`, says so and waits.
+    UserError that names it, or, with `wait`, says so and waits. Makes the folder of `path` where needed.
     """
     lock, holder = FileLock(path), Path(f"{path}.holder")
     try:
+        holder.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         name = holder.read_text() if holder.exists() else "another process"
@@ -50,11 +59,18 @@ def only_writer(path, what, wait=False):
                             f"there is no such process any more, remove {path}") from None
         print(f"waiting for {name}, which writes {what}", file=sys.stderr, flush=True)
         lock.acquire()
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+            raise UserError(f"cannot write to {what}: {error.strerror}") from None
+        print(f"warning: this file system has no locks ({error.strerror}): let no other process write {what}",
+              file=sys.stderr, flush=True)
     try:
-        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        with suppress(OSError):  # it only serves the other's message
+            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         yield
     finally:
-        holder.unlink(missing_ok=True)
+        with suppress(OSError):
+            holder.unlink(missing_ok=True)
         lock.release()
 
 
@@ -90,10 +106,96 @@ def pick_device(name, dtype):
     return device, torch.bfloat16 if is_fast else torch.float32
 
 
-def join_ranks(device):
-    """Connects the processes that torchrun started; nothing to do for one alone."""
-    if rank_and_world()[1] > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+@contextmanager
+def ranks(device):
+    """Connects the processes that torchrun started, while the context lasts; nothing to do for one alone.
+
+    Where a rank fails or dies, the others end in their next collective, at the latest after TIMEOUT, and one
+    of them names it. What uses the group (DistributedDataParallel) must be gone when the context ends.
+    """
+    rank, world = rank_and_world()
+    if world == 1:
+        yield
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        yield
+    except BaseException as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of torchrun, which has seen the other rank's end
+        with suppress(OSError):
+            sys.stdout.flush()
+            print(last_words(error, rank, world), end="", file=sys.stderr, flush=True)
+        os._exit(1)  # threads of the group may wait for a dead rank, or for the interpreter that ends
+    # Gloo's threads need the GIL to drop their last tensors. It is let go of here, while they are joined. When
+    # a DDP model was the last to hold the group, it was not: the run hung at its end, or was aborted.
+    dist.destroy_process_group()
+
+
+def last_words(error, rank, world):
+    """What a rank that fails with `error` prints: one line, with a traceback where it is no UserError.
+
+    Ranks whose collectives failed, since another one ended, name that: the first of them speaks. Of ranks
+    that fail alike, the first one speaks.
+    """
+    is_lost = isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and re.search(
+        "gloo|nccl|connection (closed|reset)", str(error), re.IGNORECASE)
+    reason = str(error) if isinstance(error, UserError) else (
+        f"{type(error).__name__}: {error}".splitlines()[0])
+    ends, deadline = {rank: "lost" if is_lost else reason}, time.monotonic() + LAST_WORDS
+    waits_for = range(world) if is_lost else range(rank) if isinstance(error, UserError) else ()
+    try:  # the store outlives a rank, since torchrun holds it
+        store = dist.group.WORLD.get_group_store()
+        store.set(f"end/{rank}", ends[rank])
+        while missing := [r for r in waits_for if r not in ends]:
+            ends |= {r: store.get(f"end/{r}").decode() for r in missing if store.check([f"end/{r}"])}
+            if time.monotonic() > deadline or not is_lost and reason in list(ends.values())[1:]:
+                break
+            time.sleep(0.05)
+    except dist.DistError:
+        pass
+    if not is_lost:
+        is_said = reason in [ends[r] for r in ends if r < rank]
+        text = "" if isinstance(error, UserError) else "".join(traceback.format_exception(error))
+        return "" if is_said else f"{text}error: rank {rank}: {reason}\n"
+    if rank != min(r for r, end in ends.items() if end == "lost"):
+        return ""
+    for r in range(world):
+        if ends.get(r) != "lost":
+            how = ends.get(r, "without a word: killed, hanging, or its machine is gone")
+            return (f"error: rank {r} has ended ({how}), so all do; the same command resumes from the newest "
+                    "checkpoint\n")
+    return f"error: the ranks lost each other ({reason})\n"
+
+
+def require_same_on_ranks(facts):
+    """Ends all ranks where `facts`, {what: value}, differ between them: each has a command line, files and
+    maybe a machine of its own.
+    """
+    if not dist.is_initialized():
+        return
+    everyone = [None] * rank_and_world()[1]
+    dist.all_gather_object(everyone, facts)
+    differences = [f"{what} = {everyone[0].get(what)!r} on rank 0, {theirs.get(what)!r} on rank {rank}"
+                   for what in everyone[0] for rank, theirs in enumerate(everyone)
+                   if theirs.get(what) != everyone[0][what]]
+    if differences:
+        raise UserError(f"the ranks do not run the same: {'; '.join(differences[:4])}: start them "
+                        "with the same command, code and data")
+
+
+def on_first_rank(call):
+    """Calls it on rank 0 alone; its UserError is raised on all ranks."""
+    rank, world = rank_and_world()
+    message = [None]
+    if rank == 0:
+        try:
+            call()
+        except UserError as error:
+            message = [str(error)]
+    if world > 1:
+        dist.broadcast_object_list(message)
+    if message[0] is not None:
+        raise UserError(message[0])
 
 
 def any_rank(flag):

@@ -1,10 +1,13 @@
 """Where a run stands: counted while it trains, saved with the parameters, restored on a resume.
 
-    progress, saved_cfg = resume(cfg, corpus, learner, optimizers)       # None, None where out_dir is new
-    checkpoint.save(out_dir, checkpoint_state(cfg, corpus, learner, optimizers, progress), keep=2)
+    progress, saved_cfg = resume(cfg, corpus, digests, learner, optimizers)  # None, None: out_dir is new
+    checkpoint.save(out_dir, checkpoint_state(cfg, corpus, digests, learner, optimizers, progress), keep=2)
 """
+import hashlib
+import json
 import os
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -89,7 +92,27 @@ class Progress:
         self.interval, self.micro_steps, self.sums = dict.fromkeys(INTERVAL, 0), {}, {}
 
 
-def checkpoint_state(cfg, corpus, learner, optimizers, progress):
+def data_digests(folder, corpus):
+    """{what: digest} of the training data and their tokenizer, the same over a run and its resumes."""
+    spec = data.tokenizer_spec(folder)
+    spec = json.dumps({key: spec[key] for key in ("pattern", "tokens") if key in spec}, sort_keys=True)
+    return {"training data": corpus.digest(), "tokenizer": hashlib.sha256(spec.encode()).hexdigest()[:16]}
+
+
+def what_ranks_share(cfg):
+    """{what: value} that must be the same on all ranks: settings, code and PyTorch.
+
+    Paths and the device may differ, since nodes may see one folder under several names.
+    """
+    own = {"out_dir", "data", "init_from", "wandb", "wandb_project", "device"}
+    code = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        code.update(path.name.encode() + path.read_bytes())
+    settings = {key: value for key, value in asdict(cfg).items() if key not in own}
+    return settings | {"the digest of the source files": code.hexdigest()[:16], "PyTorch": torch.__version__}
+
+
+def checkpoint_state(cfg, corpus, digests, learner, optimizers, progress):
     """What a checkpoint holds: "model" as transformers loads it, and all else that a resume needs."""
     state = learner.state_dict()
     return {
@@ -97,7 +120,8 @@ def checkpoint_state(cfg, corpus, learner, optimizers, progress):
         "learner": {name: p for name, p in state.items() if not name.startswith("decoder.")},
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "optimizer_options": list(map(optimizer_options, optimizers)),
-        "config": asdict(cfg), "corpus_tokens": corpus.tokens, "data_order": data.ORDER, **vars(progress),
+        "config": asdict(cfg), "corpus_tokens": corpus.tokens, "data_order": data.ORDER, "digests": digests,
+        **vars(progress),
     }
 
 
@@ -108,7 +132,7 @@ def optimizer_options(optimizer):
     return repr((type(optimizer).__name__, groups))
 
 
-def resume(cfg, corpus, learner, optimizers):
+def resume(cfg, corpus, digests, learner, optimizers):
     """Restores the newest good checkpoint of out_dir: its Progress and settings, or None, None without one.
 
     Refuses one whose settings differ in a field that matters, or whose data or parameters do, and one that
@@ -139,6 +163,10 @@ def resume(cfg, corpus, learner, optimizers):
     if state["corpus_tokens"] != corpus.tokens:
         raise UserError(f"{cfg.out_dir} holds a run on {state['corpus_tokens']:,} training tokens, "
                         f"{cfg.data} has {corpus.tokens:,}: give its --data, or another --out_dir")
+    others = [what for what, digest in state.get("digests", digests).items() if digest != digests[what]]
+    if others:
+        raise UserError(f"{cfg.out_dir} holds a run other {' and '.join(others)} than {cfg.data}: give its "
+                        "--data, or another --out_dir")
     if state["optimizer_options"] != list(map(optimizer_options, optimizers)):
         raise UserError(f"{cfg.out_dir} holds a run with other optimizers: take another --out_dir")
     parameters = {f"decoder.{name}": p for name, p in state["model"].items()} | state["learner"]

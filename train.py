@@ -14,7 +14,7 @@ import re
 import signal
 import sys
 import time
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +33,7 @@ from adaptation import AdaptationTest
 from config import UserError
 from meta import Head, Learner
 from model import Decoder, ModelConfig
-from progress import Progress, checkpoint_state, require_same_step, resume
+from progress import Progress, checkpoint_state, data_digests, require_same_step, resume, what_ranks_share
 from schedule import Schedule, read_ahead
 
 
@@ -565,24 +565,38 @@ def write_report(out_dir):
 
 
 def main(argv):
-    # The machine, the data, and what each micro-step reads
     cfg = config.load(Config, argv, __doc__)
     device, dtype = machine.pick_device(cfg.device, cfg.dtype)
-    rank, world = machine.rank_and_world()
-    schedule, out_dir = Schedule(cfg, world), Path(cfg.out_dir)
-    print0 = print if rank == 0 else lambda *args, **kwargs: None
+    schedule = Schedule(cfg, machine.rank_and_world()[1])
     torch.backends.cuda.matmul.allow_tf32 = True
-    machine.join_ranks(device)
+    with ExitStack() as lock:  # held by rank 0 until the report is written
+        with machine.ranks(device):
+            is_finished = train(cfg, schedule, device, dtype, lock)
+        if is_finished and cfg.report and machine.rank_and_world()[0] == 0:
+            write_report(Path(cfg.out_dir))
+
+
+def train(cfg, schedule, device, dtype, lock):
+    """Trains until max_steps or a signal: whether it has finished the run. lock: an ExitStack."""
+    # The data, and what each micro-step reads
+    rank, world = machine.rank_and_world()
+    out_dir = Path(cfg.out_dir)
+    print0 = print if rank == 0 else lambda *args, **kwargs: None
     print0(f"machine   {machine.describe(device, dtype)}", flush=True)
+    machine.require_same_on_ranks(what_ranks_share(cfg))
     kinds = set(schedule.kinds.flat)
     corpus, validation, tokenizer = load_data(cfg, kinds != {"lm"}, rank, world)
+    digests = data_digests(cfg.data, corpus)
+    machine.require_same_on_ranks(digests | {name: split.digest() for name, split in validation.items()})
     sources = build_sources(cfg, kinds, corpus, tokenizer)
     eval_batches, probe_ids, adaptation = build_measurements(cfg, validation, tokenizer)
+    writer = machine.only_writer(out_dir / "lock", f"out_dir = {out_dir}")
+    machine.on_first_rank(lambda: lock.enter_context(writer))
 
     # What is trained, and where it stands
     learner = build_learner(cfg, dtype).to(device)
     optimizers, params = build_optimizers(cfg, learner), list(learner.parameters())
-    restored, saved_cfg = resume(cfg, corpus, learner, optimizers)
+    restored, saved_cfg = resume(cfg, corpus, digests, learner, optimizers)
     progress, resumed_at = (restored or Progress()).to(device), restored.step if restored else None
     if restored:  # config.json keeps saying where the run once started from
         cfg = replace(cfg, init_from=saved_cfg.init_from)
@@ -651,7 +665,7 @@ def main(argv):
             if rank == 0 and progress.step != resumed_at:
                 if due(cfg.checkpoint_every, progress.step) or stop or is_last:
                     log_probes(progress.step - 1)  # a resume from here does not measure them again
-                    state = checkpoint_state(cfg, corpus, learner, optimizers, progress)
+                    state = checkpoint_state(cfg, corpus, digests, learner, optimizers, progress)
                     checkpoint.save(out_dir, state, cfg.keep, cfg.keep_every)
             if stop or is_last:
                 log_probes(progress.step)
@@ -710,10 +724,7 @@ def main(argv):
     print0(f"files     {out_dir}: ckpt_{progress.step:06d}.pt (checkpoint), log.jsonl (losses), probes.jsonl "
            "(effective ranks, attention entropies)", flush=True)
     finish_wandb()
-    if world > 1:
-        dist.destroy_process_group()
-    if rank == 0 and cfg.report and is_last and progress.step != resumed_at:
-        write_report(out_dir)
+    return is_last and progress.step != resumed_at
 
 
 if __name__ == "__main__":

@@ -97,6 +97,7 @@ def test_a_run_writes_what_others_read(whole, capsys):
         "ckpt_000005.pt",
         "ckpt_000010.pt",
         "config.json",
+        "lock",
         "log.jsonl",
         "probes.jsonl",
         "tokenizer.json",
