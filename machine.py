@@ -126,8 +126,8 @@ def ranks(device):
             sys.stdout.flush()
             print(last_words(error, rank, world), end="", file=sys.stderr, flush=True)
         os._exit(1)  # threads of the group may wait for a dead rank, or for the interpreter that ends
-    # Gloo's threads need the GIL to drop their last tensors. It is let go of here, while they are joined. When
-    # a DDP model was the last to hold the group, it was not: the run hung at its end, or was aborted.
+    # Gloo's threads need the GIL to drop their last tensors. It is let go of here, while they are joined. As
+    # long as DDP was the last to hold the group, it was not: a run hung at its end, or was aborted.
     dist.destroy_process_group()
 
 
