@@ -61,7 +61,9 @@ def only_writer(path, what, wait=False):
         lock.acquire()
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
-            raise UserError(f"cannot write to {what}: {error.strerror}") from None
+            is_taken = isinstance(error, FileExistsError | NotADirectoryError)
+            reason = "a file or a dangling link is in the way" if is_taken else error.strerror
+            raise UserError(f"cannot write to {what}: {reason}") from None
         print(f"warning: this file system has no locks ({error.strerror}): let no other process write {what}",
               file=sys.stderr, flush=True)
     try:

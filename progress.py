@@ -165,8 +165,8 @@ def resume(cfg, corpus, digests, learner, optimizers):
                         f"{cfg.data} has {corpus.tokens:,}: give its --data, or another --out_dir")
     others = [what for what, digest in state.get("digests", digests).items() if digest != digests[what]]
     if others:
-        raise UserError(f"{cfg.out_dir} holds a run other {' and '.join(others)} than {cfg.data}: give its "
-                        "--data, or another --out_dir")
+        raise UserError(f"{cfg.out_dir} holds a run with other data than {cfg.data} "
+                        f"({' and '.join(others)}): give its --data, or another --out_dir")
     if state["optimizer_options"] != list(map(optimizer_options, optimizers)):
         raise UserError(f"{cfg.out_dir} holds a run with other optimizers: take another --out_dir")
     parameters = {f"decoder.{name}": p for name, p in state["model"].items()} | state["learner"]

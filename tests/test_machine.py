@@ -1,5 +1,6 @@
 """machine.py: devices, dtypes and ranks."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -55,3 +56,19 @@ def test_one_writer_holds_a_folder_until_it_is_killed(tmp_path):
     with machine.only_writer(path, "out/a", wait=True):
         assert str(os.getpid()) in Path(f"{path}.holder").read_text()
     assert not Path(f"{path}.holder").exists()
+
+
+def test_a_file_in_the_way_is_refused_and_a_lack_of_locks_is_warned_of(tmp_path, monkeypatch, capsys):
+    """Lustre and NFS may be mounted without locks: that is no reason to stop a run."""
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    with pytest.raises(UserError, match="cannot write to out/a: a file or a dangling link is in the way"):
+        with machine.only_writer(tmp_path / "link" / "lock", "out/a"):
+            raise AssertionError
+
+    def acquire(self, timeout):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(machine.FileLock, "acquire", acquire)
+    with machine.only_writer(tmp_path / "lock", "out/a"):
+        pass
+    assert "no locks (No locks available): let no other process write out/a" in capsys.readouterr().err

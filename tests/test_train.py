@@ -317,6 +317,23 @@ def test_a_run_goes_on_where_its_data_moved_but_not_on_other_data(toy, tmp_path,
         run(moved, whole[2])
 
 
+def test_a_run_does_not_go_on_with_other_data_of_the_same_length_or_another_tokenizer(toy, tmp_path):
+    """Both were accepted in silence. A checkpoint from before there were digests still is."""
+    run(toy, tmp_path / "run", "--max_steps=1")
+    other = shutil.copytree(toy, tmp_path / "other")
+    write_bin(other / "train_000001.bin", data.open_bin(other / "train_000001.bin")[::-1])
+    with pytest.raises(UserError, match=rf"with other data than {other} \(training data\): give"):
+        run(other, tmp_path / "run", "--max_steps=1")
+    shutil.copy(toy / "train_000001.bin", other)
+    spec = json.loads((other / "tokenizer.json").read_text())
+    spec["tokens"][300:302] = spec["tokens"][301:299:-1]
+    (other / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(UserError, match=r"with other data than .* \(tokenizer\)"):
+        run(other, tmp_path / "run", "--max_steps=1")
+    rewrite(tmp_path / "run" / "ckpt_000001.pt", lambda state: state.pop("digests"))
+    assert run(other, tmp_path / "run", "--max_steps=2")[0]["step"] == 2
+
+
 def test_a_config_that_contradicts_the_checkpoint_is_refused_field_by_field(toy, whole):
     with pytest.raises(UserError) as error:
         run(toy, whole[2], "--lr=0.5", "--ways=3", "--log_every=7")
