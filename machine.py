@@ -143,7 +143,9 @@ def last_words(error, rank, world):
         "gloo|nccl|connection (closed|reset)", str(error), re.IGNORECASE)
     reason = str(error) if isinstance(error, UserError) else (
         f"{type(error).__name__}: {error}".splitlines()[0])
-    ends, deadline = {rank: "lost" if is_lost else reason}, time.monotonic() + LAST_WORDS
+    ends = {rank: "lost" if is_lost else reason}
+    # A rank that fails on its own is brief, since the others wait for it.
+    deadline = time.monotonic() + (LAST_WORDS if is_lost else LAST_WORDS / 5)
     waits_for = range(world) if is_lost else range(rank) if isinstance(error, UserError) else ()
     try:  # the store outlives a rank, since torchrun holds it
         store = dist.group.WORLD.get_group_store()
@@ -154,10 +156,11 @@ def last_words(error, rank, world):
                 break
             time.sleep(0.05)
     except dist.DistError:
-        pass
+        if is_lost:
+            return f"error: rank {rank}: another rank has ended, and the store of torchrun with it\n"
     if not is_lost:
         is_said = reason in [ends[r] for r in ends if r < rank]
-        text = "" if isinstance(error, UserError) else "".join(traceback.format_exception(error))
+        text = "" if isinstance(error, UserError | KeyboardInterrupt) else "".join(traceback.format_exception(error))
         return "" if is_said else f"{text}error: rank {rank}: {reason}\n"
     if rank != min(r for r, end in ends.items() if end == "lost"):
         return ""

@@ -62,7 +62,7 @@ def kill_again_and_again(toy, tmp_path, world, kills):
             killed += 1
             assert codes[rank][0] == -signal.SIGKILL, codes
             for other, (code, output) in enumerate(codes):
-                if other != rank and not kill_all:
+                if other != rank and not kill_all and code:  # 0: it had nothing left to do with the other
                     assert code == 1 and f"error: rank {rank} has ended (without a word" in output, output
                     assert "Traceback" not in output, output
     assert killed == kills and folders > 0

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -113,8 +114,9 @@ def test_a_second_job_in_the_same_folder_is_refused(forks, toy, tmp_path):
     wait = "import time, train; train.loss_weights = lambda cfg, step: time.sleep(600)"
     flags = [*TOY, f"--data={toy}", f"--out_dir={tmp_path}", "--max_steps=3"]
     first = forks.start(flags, patch=wait)
-    while not (tmp_path / "lock.holder").exists() or not (tmp_path / "config.json").exists():
-        os.kill(first, 0)
+    deadline = time.time() + 60
+    while not (tmp_path / "config.json").exists() and time.time() < deadline:
+        time.sleep(0.01)
     before = {path.name for path in tmp_path.iterdir()}
     held = f"out_dir = {tmp_path} is being written by process {first} on "
     [line] = errors([forks.wait(forks.start([*flags, "--seed=2"]))])
