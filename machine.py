@@ -160,7 +160,8 @@ def last_words(error, rank, world):
             return f"error: rank {rank}: another rank has ended, and the store of torchrun with it\n"
     if not is_lost:
         is_said = reason in [ends[r] for r in ends if r < rank]
-        text = "" if isinstance(error, UserError | KeyboardInterrupt) else "".join(traceback.format_exception(error))
+        is_plain = isinstance(error, UserError | KeyboardInterrupt)
+        text = "" if is_plain else "".join(traceback.format_exception(error))
         return "" if is_said else f"{text}error: rank {rank}: {reason}\n"
     if rank != min(r for r, end in ends.items() if end == "lost"):
         return ""
