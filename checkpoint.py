@@ -2,11 +2,16 @@
 
     decoder = checkpoint.load_model("out/demo")        # a run's newest checkpoint, or a file
     torch.load(path, weights_only=True)["model"]       # loads into transformers' LlamaForCausalLM
+
+A file is what torch.save writes, and then the CRC-32 of that: PyTorch checks no checksums when it loads, and
+those of a zip archive do not cover its directory.
 """
+import errno
 import os
 import re
 import sys
 import zipfile
+import zlib
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -16,42 +21,74 @@ import torch
 from config import MachineError, UserError
 from model import Decoder, ModelConfig
 
+NAME = r"ckpt_\d+\.pt"
+TRAILER = b"crc32 %08x\n"  # at the end of a file: of all before it
+checked = {}  # {path: (stamp, whether it is whole)} of the files that this process wrote or read
+
 
 def paths(out_dir):
     """The checkpoints of a run, oldest first."""
-    files = (path for path in Path(out_dir).glob("ckpt_*.pt") if re.fullmatch(r"ckpt_\d+\.pt", path.name))
-    return sorted(files, key=step_of)
+    files = (path for path in Path(out_dir).glob("ckpt_*.pt") if re.fullmatch(NAME, path.name))
+    return sorted((path for path in files if path.is_file()), key=step_of)
 
 
 def step_of(path):
     return int(Path(path).stem.removeprefix("ckpt_"))
 
 
+class Summed:
+    """A binary file for torch.save to write to, whose CRC-32 is counted on the way."""
+
+    def __init__(self, file):
+        self.file, self.crc = file, 0
+
+    def write(self, content):
+        self.crc = zlib.crc32(content, self.crc)
+        return self.file.write(content)
+
+    def flush(self):
+        self.file.flush()
+
+
 def save(out_dir, state, keep, keep_every=0):
     """Writes `state` (a dict with "step") so that a crash leaves either the whole file or none.
 
     Then deletes later steps (a future that a resume gave up), and earlier ones that are neither among the
-    newest `keep` nor multiples of `keep_every` (0: none of these).
+    newest `keep` whole ones nor multiples of `keep_every` (0: none of these).
     """
     path = Path(out_dir, f"ckpt_{state['step']:06d}.pt")
     partial = path.with_suffix(".partial")
     try:
         with open(partial, "wb") as file:
-            torch.save(state, file)
+            summed = Summed(file)
+            torch.save(state, summed)
+            file.write(TRAILER % summed.crc)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # PyTorch turns a full disk into a RuntimeError
-        partial.unlink(missing_ok=True)
-        raise MachineError(f"cannot write checkpoint {path}: {str(error).splitlines()[0]}") from None
+    except (OSError, RuntimeError) as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        cause = error  # PyTorch raises a RuntimeError of its own after that of the file
+        while not isinstance(cause, OSError) and cause.__context__ is not None:
+            cause = cause.__context__
+        reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
+        raise MachineError(f"cannot write checkpoint {path}: {reason}") from None
+    checked[path] = stamp(path), True
     with suppress(OSError, AttributeError):  # the rename should reach the disk too; Windows cannot
         folder = os.open(out_dir, os.O_DIRECTORY)
         os.fsync(folder)
         os.close(folder)
-    steps = [step_of(old) for old in paths(out_dir) if step_of(old) <= state["step"]]
+    kept, missing = {path}, keep - 1
+    for old in reversed(paths(out_dir)):
+        if step_of(old) < state["step"]:
+            if missing > 0 and is_whole(old):
+                kept.add(old)
+                missing -= 1
+            elif keep_every and step_of(old) % keep_every == 0:
+                kept.add(old)
     for old in paths(out_dir):
-        step = step_of(old)
-        if step not in steps or step not in steps[-keep:] and (not keep_every or step % keep_every):
+        if old not in kept:
             old.unlink(missing_ok=True)
     for old in Path(out_dir).glob("ckpt_*.partial"):  # of a write that was killed
         old.unlink(missing_ok=True)
@@ -62,39 +99,92 @@ class Damaged(UserError):
     """The file can be read, but is not a whole checkpoint."""
 
 
-def read(path):
-    """The state in a checkpoint, on the CPU.
+def stamp(path):
+    """What changes when a file is written again."""
+    stat = os.stat(path)
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
-    Damaged where it is not a whole checkpoint (PyTorch itself checks no checksums), UserError where it
-    cannot be read.
+
+def is_whole(path):
+    """Whether a checkpoint's checksum is right; one that cannot be read just now counts as whole."""
+    try:
+        if checked.get(path, (None,))[0] != stamp(path):
+            check(path)
+    except Damaged:
+        checked[path] = stamp(path), False
+    except OSError:
+        return True
+    return checked[path][1]
+
+
+def check(path):
+    """Reads the whole file. Raises Damaged where a checksum is wrong, OSError where it cannot be read."""
+    before, crc, length = stamp(path), 0, len(TRAILER % 0)
+    with open(path, "rb") as file:
+        left = max(0, os.fstat(file.fileno()).st_size - length)
+        while left and (content := file.read(min(left, 2**24))):
+            crc, left = zlib.crc32(content, crc), left - len(content)
+        trailer = file.read()
+    if trailer[:6] != TRAILER[:6]:  # of an older version: the archive must end where the file does
+        try:
+            with zipfile.ZipFile(path) as archive:
+                bad = "the end" if archive.comment or trailer[-2:] != b"\0\0" else archive.testzip()
+        except Exception as error:  # zipfile has several; a seek to nowhere is an OSError
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:
+                raise
+            raise Damaged(f"checkpoint {path} is damaged: {one_line(error)}") from None
+        if bad is not None:
+            raise Damaged(f"checkpoint {path} is damaged: wrong checksum in {bad}")
+    elif trailer != TRAILER % crc:
+        raise Damaged(f"checkpoint {path} is damaged: its checksum is {(TRAILER % crc).decode().strip()}, it "
+                      f"should be {trailer.decode(errors='replace').strip()}")
+    checked[Path(path)] = before, True
+
+
+def one_line(error):
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300] or '-'}"
+
+
+def read(path):
+    """The state in a checkpoint, on the CPU. Nothing in the file is executed.
+
+    Damaged where it is not a whole checkpoint, UserError where it cannot be read.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            if (bad := archive.testzip()) is not None:
-                raise Damaged(f"checkpoint {path} is damaged: wrong checksum in {bad}")
+        check(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if not {"step", "model", "config"} <= state.keys() or not isinstance(state["step"], int):
+        if not (isinstance(state, dict) and type(state.get("step")) is int
+                and isinstance(state.get("model"), dict) and isinstance(state.get("config"), dict)):
             raise Damaged(f"{path} is not a checkpoint of train.py")
-        return state
+        step, last = state["step"], state["config"].get("max_steps", state["step"])
+        named = step_of(path) if re.fullmatch(NAME, Path(path).name) else step
+        if step != named or not 0 <= step <= last:
+            raise Damaged(f"checkpoint {path} is damaged: it says step {step}, its name {named} and the "
+                          f"run's max_steps {last}")
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}") from None
     except Damaged:
         raise
     except (OSError, MemoryError) as error:  # the file may be good: do not go on from an older one
         raise UserError(f"cannot read checkpoint {path}: {error or type(error).__name__}") from None
-    except Exception as error:  # zipfile, pickle and PyTorch each have their own
-        reason = f"{type(error).__name__}: {(str(error) or '-').splitlines()[0]}"
-        raise Damaged(f"checkpoint {path} is damaged: {reason}") from None
+    except Exception as error:  # pickle and PyTorch each have their own
+        if "allocate memory" in str(error):  # a RuntimeError; the file is good
+            raise UserError(f"cannot read checkpoint {path}: {one_line(error)}") from None
+        raise Damaged(f"checkpoint {path} is damaged: {one_line(error)}") from None
+    return state
 
 
-def newest(out_dir):
-    """The state of the newest whole checkpoint, or None where there is none.
+def newest(out_dir, *keys):
+    """The state of the newest whole checkpoint that has these keys, or None where there is none at all.
 
-    A damaged one is reported on stderr and passed over; UserError where all are damaged.
+    Others are reported on stderr and passed over; UserError where all are.
     """
     for path in reversed(paths(out_dir)):
         try:
-            return read(path)
+            state = read(path)
+            if lacks := [key for key in keys if key not in state]:
+                raise Damaged(f"checkpoint {path} lacks {', '.join(lacks)}")
+            return state
         except Damaged as error:
             print(f"warning: {error}; trying the one before", file=sys.stderr, flush=True)
     if paths(out_dir):
@@ -116,7 +206,11 @@ def load_config(cls, state):
     A field that the checkpoint does not have, since it was added later, takes its default.
     """
     saved = state["config"]
-    return cls(**{field.name: saved[field.name] for field in fields(cls) if field.name in saved})
+    try:
+        return cls(**{field.name: saved[field.name] for field in fields(cls) if field.name in saved})
+    except (TypeError, ArithmeticError) as error:  # such as a width that is text
+        raise Damaged(f"the checkpoint of step {state['step']} holds settings of no run: {one_line(error)}"
+                      ) from None
 
 
 def load_model(source):
@@ -128,6 +222,5 @@ def load_model(source):
         decoder.load_state_dict(state["model"])
     except (KeyError, TypeError, RuntimeError, UserError) as error:
         where = "this state" if isinstance(source, dict) else source
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        raise Damaged(f"{where} holds no model of train.py: {reason}") from None
+        raise Damaged(f"{where} holds no model of train.py: {one_line(error)}") from None
     return decoder.eval()

@@ -1,4 +1,5 @@
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def test_a_good_checkpoint_that_cannot_be_read_just_now_is_not_passed_over(tmp_p
     def broken(*args, **options):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(checkpoint.zipfile, "ZipFile", broken)
+    monkeypatch.setattr(checkpoint, "open", broken, raising=False)
     with pytest.raises(UserError, match="cannot read checkpoint .*Input/output error"):
         checkpoint.newest(tmp_path)
 
@@ -90,3 +91,99 @@ def test_a_damaged_newest_is_told_and_the_one_before_is_used(tmp_path, capsys, d
     assert "ckpt_000002.pt is damaged" in capsys.readouterr().err
     with pytest.raises(UserError, match="is damaged"):
         checkpoint.load_model(path)
+
+
+def test_a_flipped_bit_anywhere_is_damage(tmp_path, capsys):
+    """One in the end record read as an I/O error, one in an entry's attributes made PyTorch load zeros."""
+    for step in (1, 2):
+        path = checkpoint.save(tmp_path, state(step), keep=5)
+    content = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        directory = archive.start_dir
+    ends = range(directory, len(content), 7), range(len(content) - 40, len(content))
+    for i in (*range(0, directory, 397), *ends[0], *ends[1]):
+        path.write_bytes(content[:i] + bytes([content[i] ^ 1 << i % 8]) + content[i + 1:])
+        with pytest.raises(checkpoint.Damaged):
+            checkpoint.read(path)
+    assert checkpoint.newest(tmp_path)["step"] == 1
+    for length in (9, *range(len(content) - 14, len(content))):  # 15 shorter it is whole, without a checksum
+        path.write_bytes(content[:length])
+        with pytest.raises(checkpoint.Damaged):
+            checkpoint.read(path)
+    path.write_bytes(content)
+    assert checkpoint.newest(tmp_path)["step"] == 2
+
+
+def test_a_checkpoint_of_an_older_version_has_no_checksum_and_loads(tmp_path):
+    path = tmp_path / "ckpt_000007.pt"
+    torch.save(state(7), path)
+    assert checkpoint.newest(tmp_path)["step"] == 7
+    content = path.read_bytes()
+    for i in range(len(content) - 22, len(content)):  # the end record: most of it stands elsewhere too
+        path.write_bytes(content[:i] + bytes([content[i] ^ 64]) + content[i + 1:])
+        try:
+            model = checkpoint.newest(tmp_path)["model"]
+        except UserError as error:
+            assert "is damaged" in str(error)
+        else:
+            assert all(torch.equal(model[name], p) for name, p in state(7)["model"].items())
+
+
+def test_torch_loads_a_checkpoint_as_it_is(tmp_path):
+    path = checkpoint.save(tmp_path, state(3), keep=1)
+    for options in ({}, {"mmap": True}):
+        model = torch.load(path, weights_only=True, **options)["model"]
+        assert all(torch.equal(model[name], p) for name, p in state(3)["model"].items())
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+
+
+def test_a_damaged_checkpoint_does_not_count_among_those_kept(tmp_path):
+    """A good one was deleted for it."""
+    for step in (1, 2):
+        path = checkpoint.save(tmp_path, state(step), keep=5)
+    path.write_bytes(b"PK")
+    checkpoint.save(tmp_path, state(3), keep=2, keep_every=9)
+    assert [checkpoint.step_of(path) for path in checkpoint.paths(tmp_path)] == [1, 3]
+
+
+def test_checkpoints_are_not_read_again_when_one_is_saved(tmp_path, monkeypatch):
+    """At 570M that would be 7 GB each time."""
+    monkeypatch.setattr(checkpoint, "check", None)
+    for step in range(4):
+        checkpoint.save(tmp_path, state(step), keep=2)
+    assert [checkpoint.step_of(path) for path in checkpoint.paths(tmp_path)] == [2, 3]
+    monkeypatch.undo()
+    checkpoint.checked.clear()
+    read = []
+    real = checkpoint.check
+    monkeypatch.setattr(checkpoint, "check", lambda path: read.append(path.name) or real(path))
+    for step in (4, 5):
+        checkpoint.save(tmp_path, state(step), keep=3, keep_every=1)
+    assert read == ["ckpt_000003.pt", "ckpt_000002.pt"]
+
+
+@pytest.mark.parametrize("change", [{"step": -1}, {"step": 6}, {"step": 3}, {"step": True}, {"step": 4.0},
+                                    {"model": []}, {"config": None}, {"config": {"max_steps": 3}}])
+def test_a_step_that_is_not_the_names_or_outside_the_run_is_damage(tmp_path, change):
+    checkpoint.save(tmp_path, state(1), keep=5)
+    content = state(4)
+    content["config"]["max_steps"] = 5
+    checkpoint.save(tmp_path, content, keep=5)
+    assert checkpoint.newest(tmp_path)["step"] == 4
+    torch.save(content | change, tmp_path / "ckpt_000004.pt")
+    with pytest.raises(checkpoint.Damaged):
+        checkpoint.read(tmp_path / "ckpt_000004.pt")
+    assert checkpoint.newest(tmp_path)["step"] == 1
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    """PyTorch's internal text was printed in its place."""
+    def full(path, mode):
+        return open("/dev/full", mode)
+
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    monkeypatch.setattr(checkpoint, "open", full, raising=False)
+    with pytest.raises(UserError, match="cannot write checkpoint .*ckpt_000001.pt: No space left on device$"):
+        checkpoint.save(tmp_path, state(1), keep=5)
