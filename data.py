@@ -24,6 +24,7 @@ import numpy as np
 import tiktoken
 import torch
 
+import logs
 from config import UserError
 
 MAGIC, VERSION, HEADER = 20240520, 1, 256  # HEADER: int32 words before the tokens
@@ -110,14 +111,22 @@ def tokenizer_spec(source):
                             "words: prepare their text with python prepare.py --source=...")
         return {"name": "gpt2"}
     try:
-        spec = json.loads(path.read_text())
+        spec = json.loads(path.read_text(encoding="utf-8"))
         if spec["name"] == HuggingFaceTokenizer.name:
             spec["tokenizer"], spec["config"], spec["ids"]["eos_token_id"]
         elif spec["name"] != "gpt2":
-            spec["pattern"], spec["tokens"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is not a tokenizer that prepare.py wrote; remove it where the bins hold "
-                        "GPT-2 tokens") from None
+            tokens = [base64.b64decode(token, validate=True) for token in spec["tokens"]]
+            if not {bytes([i]) for i in range(256)} <= set(tokens) or len(set(tokens)) < len(tokens):
+                raise ValueError("its tokens do not hold every byte, or one of them twice")
+            if not isinstance(spec["name"], str):
+                raise TypeError("its name is no text")
+            encoding(spec["name"], spec["pattern"], {token: rank for rank, token in enumerate(tokens)})
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"{path} is not a tokenizer that prepare.py wrote ({reason}): copy it again, or "
+                        "remove it where the bins hold GPT-2 tokens") from None
     return spec
 
 
@@ -154,7 +163,7 @@ def save_tokenizer(tokenizer, folder):
         by_rank = sorted(tokenizer._mergeable_ranks, key=tokenizer._mergeable_ranks.get)
         tokens = [base64.b64encode(token).decode() for token in by_rank]
         spec |= {"pattern": tokenizer._pat_str, "tokens": tokens}
-    Path(folder, "tokenizer.json").write_text(json.dumps(spec))
+    logs.replace(Path(folder, "tokenizer.json"), json.dumps(spec).encode())
 
 
 # ---- words ----

@@ -2,17 +2,21 @@
 
     {"step": 100, "tokens": 819200, "train/loss": 5.43, "lr": 0.0029, ...}      # one object a line
 
-wandb never stops a run: where it is disabled or fails to start nothing is sent, and where it fails it warns.
+wandb never stops a run: where it is disabled or fails to start nothing is sent, and where it fails it warns
+once and is left alone.
 """
 import json
 import math
 import os
 import re
 import sys
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+
+from config import UserError
 
 WANDB_MODES = ("disabled", "offline", "online")
 
@@ -23,30 +27,115 @@ def finite(line):
 
 
 def append(path, line):
-    """Appends the dict `line` as JSON."""
-    line = finite(line)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    """Appends the dict `line` as JSON, on a line of its own: one that a kill or a full disk tore is removed.
+
+    UserError where the file cannot be written.
+    """
+    try:
+        with open(path, "a+b") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - 1))
+            if file.read() not in (b"", b"\n"):
+                file.seek(max(0, end - 2**24))
+                torn = file.read().rpartition(b"\n")[2]
+                if parse(torn) is None:
+                    file.truncate(end - len(torn))
+                else:  # whole but for its end
+                    file.write(b"\n")
+            file.write(json.dumps(finite(line)).encode() + b"\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+def parse(text):
+    """The object in a line of a .jsonl file (bytes), None where it holds none."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return line if isinstance(line, dict) else None
+
+
+def read_steps(path):
+    """[(step, line)] of a .jsonl file: its lines in bytes, without their ends; step None where there is none.
+
+    [] where there is no such file.
+    """
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    steps = [(parse(line) or {}).get("step") for line in lines]
+    return [(step if type(step) is int else None, line) for step, line in zip(steps, lines) if line]
 
 
 def truncate_log(path, step):
-    """Drops the lines of a .jsonl file after `step`, and torn ones: a resumed run writes them again."""
+    """Drops the lines of a .jsonl file after `step`, which a resumed run writes again, and damaged ones."""
+    lines = read_steps(path)
+    kept = [line for at, line in lines if at is not None and at <= step]
+    damaged = [number for number, (at, _) in enumerate(lines[:-1], 1) if at is None]
+    if damaged:  # a torn last line is nothing unusual
+        print(f"warning: {path} loses {len(damaged)} damaged lines, the first is line {damaged[0]}",
+              file=sys.stderr, flush=True)
+    if len(kept) < len(lines):
+        replace(path, b"".join(line + b"\n" for line in kept))
+
+
+def replace(path, content):
+    """Writes a file anew, so that a crash or a full disk leaves the old one or the new one, whole."""
     path = Path(path)
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError):
-            pass
     partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 # ---- the console ----
+
+
+class Console:
+    """A text stream whose failure is told once, on stderr, and else goes unheard."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        self.attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, call, *args):
+        try:
+            call(*args)
+        except OSError as error:
+            with suppress(OSError):  # what is still buffered goes there too, at the latest when Python exits
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            with suppress(OSError):
+                print(f"warning: nothing more is printed ({error.strerror}); the run goes on",
+                      file=sys.__stderr__, flush=True)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def lasting_console():
+    """While it lasts, a reader that went away (`| head`) or a full disk under the output ends nothing."""
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(Console, streams)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stdout, sys.stderr = streams
 
 
 def evaluation_line(step, metrics, probe):
@@ -96,11 +185,15 @@ def start_wandb(cfg, name, folder, run_id=None, facts=None):
     logs in `folder` are sent first: each part of a run is the whole run up to there, and `wandb sync`, which
     lets the newest part of a run replace the others, gives one.
     """
+    has_failed = False
+
     def guarded(call):
         def attempt(*args):
+            nonlocal has_failed
             try:
-                return call(*args)
+                return None if has_failed else call(*args)
             except Exception as error:
+                has_failed = True
                 reason = f"{type(error).__name__}: {error}"
                 print(f"warning: wandb failed, the run goes on: {reason}", file=sys.stderr, flush=True)
         return attempt
@@ -121,9 +214,15 @@ def start_wandb(cfg, name, folder, run_id=None, facts=None):
             if update_best(best, line):  # define_metric's own minimum would start anew on a resume
                 run.summary.update(best)
 
+        def finish():
+            guarded(run.finish)()
+            if has_failed:  # else its exit handler prints a traceback
+                with suppress(Exception):
+                    wandb.teardown()
+
         for line in earlier_lines(folder) if run_id else []:
             update_best(best, line) if run.resumed else send(line)
-        return guarded(send), guarded(run.finish)
+        return guarded(send), finish
 
     started = guarded(start)() if cfg.wandb != "disabled" else None
     return started or (lambda line: None, lambda: None)

@@ -12,6 +12,7 @@ Training waits for forward passes and Gram matrices alone: `Spectra` computes ei
 """
 import json
 import math
+import sys
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -174,8 +175,14 @@ def main(argv):
     paths = checkpoint.paths(given[0])
     if not paths:
         raise UserError(f"no checkpoint in {given[0]}: a run writes ckpt_*.pt there")
+    damaged = []
     for path in paths:
-        state = checkpoint.read(path)
+        try:
+            state = checkpoint.read(path)
+        except checkpoint.Damaged as error:
+            damaged.append(error)
+            print(f"warning: {error}; passed over", file=sys.stderr, flush=True)
+            continue
         cfg = state["config"]
         source = folder or cfg["data"]
         require(folder or Path(source).is_dir(), f"no data at {source}, where {path} was trained: "
@@ -185,6 +192,8 @@ def main(argv):
                 f"{cfg['vocab_size']}: name data prepared with the run's tokenizer, --data=FOLDER")
         metrics = measure(checkpoint.load_model(state), ids)
         print(json.dumps({"step": state["step"], "tokens": state["tokens"]} | metrics), flush=True)
+    if len(damaged) == len(paths):
+        raise damaged[-1]
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 import checkpoint
 import data
+import logs
 from config import UserError
 
 # These may differ from the checkpoint's on a resume: they do not change what is computed, or (device,
@@ -46,6 +47,7 @@ class Progress:
     sums: dict = field(default_factory=dict)  # {metric: (sum, micro-steps)} since the last log line
     skipped: torch.Tensor = field(default_factory=lambda: torch.zeros(2))  # updates skipped: in all, in a row
     gradient_grams: dict = field(default_factory=dict)  # of a probe at this step; a resume may finish it
+    unlogged: list = field(default_factory=list)  # [file, line] of logs that could not be written
 
     def to(self, device):
         self.sums = {name: total.to(device) for name, total in self.sums.items()}
@@ -138,8 +140,13 @@ def resume(cfg, corpus, digests, learner, optimizers):
     Refuses one whose settings differ in a field that matters, or whose data or parameters do, and one that
     went further than max_steps.
     """
-    state = checkpoint.newest(cfg.out_dir)
+    state = checkpoint.newest(cfg.out_dir, "optimizers")
     if state is None:
+        for path in (Path(cfg.out_dir, "log.jsonl"), Path(cfg.out_dir, "probes.jsonl")):
+            last = max((step or 0 for step, _ in logs.read_steps(path)), default=0)
+            if last > 0:
+                raise UserError(f"{path} holds a run up to step {last} whose checkpoints are gone: put one "
+                                "back, take another --out_dir, or remove the file to start again")
         return None, None
     saved_cfg = checkpoint.load_config(type(cfg), state)
     saved, now = asdict(saved_cfg), asdict(cfg)
@@ -156,7 +163,8 @@ def resume(cfg, corpus, digests, learner, optimizers):
         raise UserError(f"{cfg.out_dir}: with meta_decay = {cfg.meta_decay}, max_steps = {cfg.max_steps} in "
                         f"place of {saved['max_steps']} would change which updates before step "
                         f"{state['step']} read episodes: start a new run with --init_from={cfg.out_dir}")
-    if not {"learner", "optimizer_options"} <= state.keys() or state.get("data_order") != data.ORDER:
+    needed = {"learner", "optimizer_options", "corpus_tokens"}
+    if not needed <= state.keys() or state.get("data_order") != data.ORDER:
         raise UserError(f"{cfg.out_dir} holds a run of an older version, whose checkpoints can be evaluated "
                         f"but not resumed: take another --out_dir, with --init_from={cfg.out_dir} for its "
                         "weights")
@@ -169,12 +177,17 @@ def resume(cfg, corpus, digests, learner, optimizers):
                         f"({' and '.join(others)}): give its --data, or another --out_dir")
     if state["optimizer_options"] != list(map(optimizer_options, optimizers)):
         raise UserError(f"{cfg.out_dir} holds a run with other optimizers: take another --out_dir")
-    parameters = {f"decoder.{name}": p for name, p in state["model"].items()} | state["learner"]
     try:
+        parameters = {f"decoder.{name}": p for name, p in state["model"].items()} | state["learner"]
         learner.load_state_dict(parameters)
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-    except (RuntimeError, ValueError) as error:
+            for p, of_p in optimizer.state.items():  # PyTorch does not look
+                for name in {"exp_avg", "exp_avg_sq", "momentum_buffer"} & of_p.keys():
+                    if of_p[name].shape != p.shape:
+                        raise ValueError(f"{name} of shape {tuple(of_p[name].shape)} for a parameter of "
+                                         f"{tuple(p.shape)}")
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{cfg.out_dir} holds a run with other parameters ({reason}): take another --out_dir"
                         ) from None
