@@ -96,6 +96,30 @@ def replace(path, content):
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
+class RunLog:
+    """Writes the lines of a run to its .jsonl files and to wandb; does nothing where `folder` is None.
+
+    A line that cannot be written waits in progress.unlogged, which a checkpoint holds; `failure` says why.
+    """
+
+    def __init__(self, folder, progress, send):
+        self.folder, self.progress, self.send = folder, progress, send
+        self.failure = None  # the UserError of the first line that could not be written
+
+    def write(self, name, line):
+        if self.folder is None:
+            return
+        line, waiting = finite(line), self.progress.unlogged
+        waiting.append([name, line])
+        try:
+            while waiting:
+                append(self.folder / waiting[0][0], waiting[0][1])
+                del waiting[0]
+        except UserError as error:
+            self.failure = self.failure or error
+        self.send(line)
+
+
 # ---- the console ----
 
 

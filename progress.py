@@ -54,6 +54,10 @@ class Progress:
         self.skipped = self.skipped.to(device)
         return self
 
+    def axes(self):
+        """What each line of the logs begins with."""
+        return {axis: getattr(self, axis) for axis in logs.AXES}
+
     def count(self, kind, tokens, lm_tokens, flops):
         """Counts a micro-step: its tokens, and those of them that a next-token loss read."""
         self.tokens += lm_tokens

@@ -19,6 +19,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules load prints no traceback
+
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -443,12 +446,14 @@ def open_run_folder(cfg, last_step):
                    f"out_dir = {out_dir} is a link to {out_dir.resolve()}, which does not exist: make it")
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        (out_dir / "config.json").write_text(json.dumps(asdict(cfg), indent=1) + "\n")
     except OSError as error:
         raise UserError(f"cannot write to out_dir = {out_dir}: {error.strerror}") from None
-    (out_dir / "tokenizer.json").write_text(json.dumps(data.tokenizer_spec(cfg.data)))
+    logs.replace(out_dir / "config.json", json.dumps(asdict(cfg), indent=1).encode() + b"\n")
+    logs.replace(out_dir / "tokenizer.json", json.dumps(data.tokenizer_spec(cfg.data)).encode())
     for name in ("log.jsonl", "probes.jsonl"):
         logs.truncate_log(out_dir / name, last_step)
+    if last_step > 0 and not (out_dir / "log.jsonl").exists():
+        print(f"note      {out_dir}/log.jsonl is missing: the new one begins after step {last_step}")
 
 
 def wandb_facts(device, dtype, world, learner):
@@ -520,12 +525,46 @@ def stuck_warning(cfg, progress, line):
             "try another inner_lr, a later meta_start, or fewer ways")
 
 
-def require_finite(cfg, progress):
-    """Ends the run after MAX_SKIPPED bad updates in a row. Looks seldom, since that waits for the device."""
-    if progress.step % MAX_SKIPPED == 0 and progress.skipped[1] >= MAX_SKIPPED:
-        raise UserError(f"the gradient was not finite in {int(progress.skipped[1])} updates in a row (step "
-                        f"{progress.step}); they were skipped. Lower lr = {cfg.lr} or inner_lr = "
-                        f"{cfg.inner_lr}; checkpoints are in {cfg.out_dir}")
+def require_finite(cfg, progress, look):
+    """Ends the run after MAX_SKIPPED bad updates in a row, or where all were bad; else, was the last one?
+
+    Looks at the last update of a run, after every MAX_SKIPPED, and, with `look`, now: each look waits for
+    the device. Given what it returned, it misses no run of them.
+    """
+    if not look and progress.step % MAX_SKIPPED and progress.step < cfg.max_steps:
+        return False
+    in_a_row = int(progress.skipped[1])
+    if in_a_row >= min(MAX_SKIPPED, cfg.max_steps):
+        raise UserError(f"the gradient was not finite in {in_a_row} updates in a row (step {progress.step}); "
+                        f"they were skipped. {ways_out(cfg)}")
+    return in_a_row > 0
+
+
+def ways_out(cfg):
+    """What to do about numbers that are not finite: other settings are refused in the same folder."""
+    newest = [f", from the last good model with --init_from={path}" for path in checkpoint.paths(cfg.out_dir)]
+    return (f"Start again in another --out_dir{''.join(newest[-1:])}, with a lower lr (here {cfg.lr:g}) or "
+            f"inner_lr ({cfg.inner_lr:g})")
+
+
+@torch.no_grad()
+def is_sound(cfg, learner, progress, eval_batches, device, is_end):
+    """Whether all parameters and buffers, and the loss on a few sequences, are finite on all ranks.
+
+    Says so where they are not, and raises UserError where the run has come to max_steps. In a row of bad
+    updates it waits how that ends, unless this `is_end`.
+    """
+    batch = next(iter(eval_batches.values()))
+    loss = learner("lm", data.LMBatch(batch.ids[:8].to(device), batch.targets[:8].to(device)))[0]["lm"]
+    is_bad = not all(value.isfinite().all() for value in (loss, *learner.state_dict().values()))
+    if not machine.any_rank(is_bad or progress.skipped[1] > 0 and not is_end):
+        return True
+    message = f"a gradient, a parameter or the loss is not finite at step {progress.step}"
+    if progress.step >= cfg.max_steps:
+        raise UserError(f"{message}. {ways_out(cfg)}")
+    if machine.rank_and_world()[0] == 0:
+        print(f"warning: {message}: no checkpoint of it is written", flush=True)
+    return False
 
 
 def print_results(cfg, corpus, learner, tokenizer, device, metrics):
@@ -564,6 +603,7 @@ def write_report(out_dir):
 # ---- the loop ----
 
 
+@logs.lasting_console()
 def main(argv):
     cfg = config.load(Config, argv, __doc__)
     device, dtype = machine.pick_device(cfg.device, cfg.dtype)
@@ -618,55 +658,52 @@ def train(cfg, schedule, device, dtype, lock):
     def due(interval, step):
         return interval > 0 and step != resumed_at and (step % interval == 0 or step == cfg.max_steps)
 
-    def log(name, line):
-        if rank == 0:
-            axes = {axis: getattr(progress, axis) for axis in logs.AXES}
-            line = logs.finite(axes | line)
-            logs.append(out_dir / name, line)
-            send(line)
-
     def log_probes(through=-1):
         """Those that are done; waits for those of steps up to `through`."""
         for line in spectra.finished(through):
             last_probe.update(line)
-            log("probes.jsonl", line)
+            log.write("probes.jsonl", line)
 
+    log = logs.RunLog(out_dir if rank == 0 else None, progress, send)
     # A run that was killed after a checkpoint and before the line of the probe there measures that again.
     is_probe_lost = (rank == 0 and resumed_at is not None and cfg.probe_every > 0
                      and resumed_at % cfg.probe_every == 0
                      and not probes.has_line(out_dir / "probes.jsonl", resumed_at))
-    updates, data_error = read_ahead(schedule, sources, rank, device, progress.step), None
+    updates = read_ahead(schedule, sources, rank, device, progress.step)
     validation_metrics, last_probe = {}, {}
+    failure, saved_at, look = None, resumed_at, True
     with closing(probes.Spectra(device)) as spectra, catch_signals() as signals:
         while True:
             # Between updates: probe, evaluate, checkpoint, stop? A resumed step has done all that.
             learner.eval()
+            is_last = progress.step >= cfg.max_steps
             if rank == 0 and (due(cfg.probe_every, progress.step) or is_probe_lost):
                 log_probes(progress.step - 1)  # at most one is unfinished, since its matrices take memory
                 metrics = probes.measure(learner.decoder, probe_ids.to(device), probes.gram)
-                spectra.add({"step": progress.step, "tokens": progress.tokens} | metrics
-                            | progress.gradient_grams)
+                spectra.add(progress.axes() | metrics | progress.gradient_grams)
                 is_probe_lost = False
-            is_last = progress.step >= cfg.max_steps
             if due(cfg.eval_every, progress.step):
                 validation_metrics = evaluate(learner, eval_batches, device, rank, world)
                 if rank == 0 and adaptation is not None:
                     validation_metrics |= adaptation.measure(learner.decoder, dtype, is_last)
-                log("log.jsonl", validation_metrics)
+                log.write("log.jsonl", progress.axes() | validation_metrics)
                 log_probes()
                 print0(logs.evaluation_line(progress.step, validation_metrics, last_probe), flush=True)
             log_probes()
             try:
                 micro_steps, waited = next(updates, ([], 0.0))  # there are none after the last
             except UserError as error:
-                data_error = error
-            # One rank may have a signal, or data that cannot be read, before the others: stop together.
-            stop = machine.any_rank(signals or data_error)
-            if rank == 0 and progress.step != resumed_at:
-                if due(cfg.checkpoint_every, progress.step) or stop or is_last:
-                    log_probes(progress.step - 1)  # a resume from here does not measure them again
-                    state = checkpoint_state(cfg, corpus, digests, learner, optimizers, progress)
-                    checkpoint.save(out_dir, state, cfg.keep, cfg.keep_every)
+                failure = error
+            failure = failure or log.failure
+            # One rank may have a signal, or a file that fails, before the others: they stop together.
+            stop = machine.any_rank(signals or failure)
+            if progress.step != resumed_at and (due(cfg.checkpoint_every, progress.step) or stop or is_last):
+                log_probes(progress.step - 1)  # a resume from here does not measure them again
+                if is_sound(cfg, learner, progress, eval_batches, device, stop or is_last):
+                    saved_at = progress.step
+                    if rank == 0:
+                        state = checkpoint_state(cfg, corpus, digests, learner, optimizers, progress)
+                        checkpoint.save(out_dir, state, cfg.keep, cfg.keep_every)
             if stop or is_last:
                 log_probes(progress.step)
                 break
@@ -706,26 +743,28 @@ def train(cfg, schedule, device, dtype, lock):
             if is_log_due:
                 line = progress.interval_metrics(peak_flops)
                 line |= {"lr": cfg.lr * lr_factor(cfg, progress.step - 1), "grad_norm": grad_norm.item()}
-                log("log.jsonl", line)
+                log.write("log.jsonl", progress.axes() | line)
                 print0(logs.training_line(progress, line), flush=True)
                 if warning := stuck_warning(cfg, progress, line):
                     print0(warning, flush=True)
                 progress.start_interval()
-            require_finite(cfg, progress)
+            look = require_finite(cfg, progress, look)
 
     updates.close()
-    if data_error:
-        raise UserError(f"stopped at step {progress.step}, which is saved: {data_error}; restore it, and the "
-                        "same command resumes")
+    if failure:
+        raise type(failure)(f"{failure}; mend that, and the same command resumes from step {saved_at or 0}")
     if not is_last:
-        print0(f"stopped   at step {progress.step}; the same command resumes from there")
+        again = "resumes from there" if saved_at == progress.step else f"goes on from step {saved_at or 0}"
+        print0(f"stopped   at step {progress.step}; the same command {again}")
     elif rank == 0 and progress.step != resumed_at:
         print_results(cfg, corpus, learner, tokenizer, device, validation_metrics)
-    print0(f"files     {out_dir}: ckpt_{progress.step:06d}.pt (checkpoint), log.jsonl (losses), probes.jsonl "
+    print0(f"files     {out_dir}: ckpt_{saved_at or 0:06d}.pt (checkpoint), log.jsonl (losses), probes.jsonl "
            "(effective ranks, attention entropies)", flush=True)
     finish_wandb()
     return is_last and progress.step != resumed_at
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.run(main)
