@@ -555,7 +555,8 @@ def is_sound(cfg, learner, progress, eval_batches, device, is_end):
     updates it waits how that ends, unless this `is_end`.
     """
     batch = next(iter(eval_batches.values()))
-    loss = learner("lm", data.LMBatch(batch.ids[:8].to(device), batch.targets[:8].to(device)))[0]["lm"]
+    with learner.decoder.eager():  # another batch size would be compiled anew
+        loss = learner("lm", data.LMBatch(batch.ids[:8].to(device), batch.targets[:8].to(device)))[0]["lm"]
     is_bad = not all(value.isfinite().all() for value in (loss, *learner.state_dict().values()))
     if not machine.any_rank(is_bad or progress.skipped[1] > 0 and not is_end):
         return True
