@@ -53,7 +53,9 @@ def only_writer(path, what, wait=False):
         holder.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
-        name = holder.read_text() if holder.exists() else "another process"
+        name = "another process"
+        with suppress(OSError):  # it may be letting go just now
+            name = holder.read_text()
         if not wait:
             raise UserError(f"{what} is being written by {name}: wait for it, stop it or write elsewhere; if "
                             f"there is no such process any more, remove {path}") from None

@@ -101,7 +101,7 @@ class Progress:
 def data_digests(folder, corpus):
     """{what: digest} of the training data and their tokenizer, the same over a run and its resumes."""
     spec = data.tokenizer_spec(folder)
-    spec = json.dumps({key: spec[key] for key in ("pattern", "tokens") if key in spec}, sort_keys=True)
+    spec = json.dumps({key: value for key, value in spec.items() if key != "name"}, sort_keys=True)
     return {"training data": corpus.digest(), "tokenizer": hashlib.sha256(spec.encode()).hexdigest()[:16]}
 
 
