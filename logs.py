@@ -97,27 +97,34 @@ def replace(path, content):
 
 
 class RunLog:
-    """Writes the lines of a run to its .jsonl files and to wandb; does nothing where `folder` is None.
+    """Writes the lines of a run to its .jsonl files and to wandb, on the first rank alone.
 
     A line that cannot be written waits in progress.unlogged, which a checkpoint holds; `failure` says why.
     """
 
-    def __init__(self, folder, progress, send):
-        self.folder, self.progress, self.send = folder, progress, send
+    def __init__(self, cfg, progress, rank, facts):
+        self.folder, self.waiting, self.is_first = Path(cfg.out_dir), progress.unlogged, rank == 0
         self.failure = None  # the UserError of the first line that could not be written
+        self.send, self.finish = (lambda line: None), (lambda: None)
+        if self.is_first:
+            self.write_waiting()
+            self.send, self.finish = start_wandb(cfg, self.folder.name, cfg.out_dir, progress.run_id, facts)
 
     def write(self, name, line):
-        if self.folder is None:
-            return
-        line, waiting = finite(line), self.progress.unlogged
-        waiting.append([name, line])
+        if self.is_first:
+            line = finite(line)
+            self.waiting.append([name, line])
+            self.write_waiting()
+            self.send(line)
+
+    def write_waiting(self):
         try:
-            while waiting:
-                append(self.folder / waiting[0][0], waiting[0][1])
-                del waiting[0]
+            while self.waiting:
+                name, line = self.waiting[0]
+                append(self.folder / name, line)
+                del self.waiting[0]
         except UserError as error:
             self.failure = self.failure or error
-        self.send(line)
 
 
 # ---- the console ----

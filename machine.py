@@ -63,9 +63,12 @@ def only_writer(path, what, wait=False):
         lock.acquire()
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
-            is_taken = isinstance(error, FileExistsError | NotADirectoryError)
-            reason = "a file or a dangling link is in the way" if is_taken else error.strerror
-            raise UserError(f"cannot write to {what}: {reason}") from None
+            folder, reason = holder.parent, error.strerror
+            if folder.is_symlink():
+                reason = f"it is a link to {folder.resolve()}, which does not exist"
+            elif isinstance(error, FileExistsError | NotADirectoryError):
+                reason = "a file is in the way"
+            raise UserError(f"cannot write, {reason}: {what}") from None
         print(f"warning: this file system has no locks ({error.strerror}): let no other process write {what}",
               file=sys.stderr, flush=True)
     try:

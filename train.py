@@ -440,14 +440,8 @@ def sum_over_ranks(metrics, device, world):
 
 
 def open_run_folder(cfg, last_step):
-    """Makes out_dir with config.json and tokenizer.json; its logs lose what lies after `last_step`."""
+    """Writes config.json and tokenizer.json to out_dir; its logs lose what lies after `last_step`."""
     out_dir = Path(cfg.out_dir)
-    config.require(out_dir.exists() or not out_dir.is_symlink(),
-                   f"out_dir = {out_dir} is a link to {out_dir.resolve()}, which does not exist: make it")
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to out_dir = {out_dir}: {error.strerror}") from None
     logs.replace(out_dir / "config.json", json.dumps(asdict(cfg), indent=1).encode() + b"\n")
     logs.replace(out_dir / "tokenizer.json", json.dumps(data.tokenizer_spec(cfg.data)).encode())
     for name in ("log.jsonl", "probes.jsonl"):
@@ -604,13 +598,12 @@ def write_report(out_dir):
 # ---- the loop ----
 
 
-@logs.lasting_console()
 def main(argv):
     cfg = config.load(Config, argv, __doc__)
     device, dtype = machine.pick_device(cfg.device, cfg.dtype)
     schedule = Schedule(cfg, machine.rank_and_world()[1])
     torch.backends.cuda.matmul.allow_tf32 = True
-    with ExitStack() as lock:  # held by rank 0 until the report is written
+    with logs.lasting_console(), ExitStack() as lock:  # held by rank 0 until the report is written
         with machine.ranks(device):
             is_finished = train(cfg, schedule, device, dtype, lock)
         if is_finished and cfg.report and machine.rank_and_world()[0] == 0:
@@ -631,24 +624,22 @@ def train(cfg, schedule, device, dtype, lock):
     machine.require_same_on_ranks(digests | {name: split.digest() for name, split in validation.items()})
     sources = build_sources(cfg, kinds, corpus, tokenizer)
     eval_batches, probe_ids, adaptation = build_measurements(cfg, validation, tokenizer)
-    writer = machine.only_writer(out_dir / "lock", f"out_dir = {out_dir}")
-    machine.on_first_rank(lambda: lock.enter_context(writer))
 
     # What is trained, and where it stands
     learner = build_learner(cfg, dtype).to(device)
+    if cfg.init_from and not checkpoint.paths(out_dir):
+        load_initial_model(cfg, learner)
+    writer = machine.only_writer(out_dir / "lock", f"out_dir = {out_dir}")
+    machine.on_first_rank(lambda: lock.enter_context(writer))
     optimizers, params = build_optimizers(cfg, learner), list(learner.parameters())
     restored, saved_cfg = resume(cfg, corpus, digests, learner, optimizers)
     progress, resumed_at = (restored or Progress()).to(device), restored.step if restored else None
     if restored:  # config.json keeps saying where the run once started from
         cfg = replace(cfg, init_from=saved_cfg.init_from)
-    elif cfg.init_from:
-        load_initial_model(cfg, learner)
     require_same_step(progress, world, out_dir)
-    send, finish_wandb = (lambda line: None), (lambda: None)
     if rank == 0:
         open_run_folder(cfg, -1 if resumed_at is None else resumed_at)
-        send, finish_wandb = logs.start_wandb(cfg, out_dir.name, cfg.out_dir, progress.run_id,
-                                              wandb_facts(device, dtype, world, learner))
+    log = logs.RunLog(cfg, progress, rank, wandb_facts(device, dtype, world, learner))
     is_compiled = compile_layers(cfg, device, learner)
     model = wrap_for_ranks(learner, device, world)
     peak_flops = machine.peak_flops(device, dtype) * world
@@ -665,7 +656,6 @@ def train(cfg, schedule, device, dtype, lock):
             last_probe.update(line)
             log.write("probes.jsonl", line)
 
-    log = logs.RunLog(out_dir if rank == 0 else None, progress, send)
     # A run that was killed after a checkpoint and before the line of the probe there measures that again.
     is_probe_lost = (rank == 0 and resumed_at is not None and cfg.probe_every > 0
                      and resumed_at % cfg.probe_every == 0
@@ -761,7 +751,7 @@ def train(cfg, schedule, device, dtype, lock):
         print_results(cfg, corpus, learner, tokenizer, device, validation_metrics)
     print0(f"files     {out_dir}: ckpt_{saved_at or 0:06d}.pt (checkpoint), log.jsonl (losses), probes.jsonl "
            "(effective ranks, attention entropies)", flush=True)
-    finish_wandb()
+    log.finish()
     return is_last and progress.step != resumed_at
 
 

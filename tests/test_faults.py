@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TOY, refuses, same, write_bin
+from conftest import TOY, last_of_each, refuses, same, write_bin
 
 import adaptation
 import checkpoint
@@ -32,7 +32,7 @@ CLOCK = ("seconds", "tok_per_s", "mfu", "data_wait")
 
 
 def run(toy, out_dir, *flags):
-    train.main([*TOY, f"--data={toy}", f"--out_dir={out_dir}", "--max_steps=10", *flags])
+    train.main([*TOY, f"--data={toy}", f"--out_dir={out_dir}", *last_of_each("--max_steps=10", *flags)])
 
 
 def lines(out_dir, name="log.jsonl"):
@@ -251,20 +251,6 @@ def test_a_checkpoint_of_other_content_is_refused_in_one_line(toy, half, change)
     refuses(lambda: run(toy, half), "holds")
 
 
-def test_a_resume_on_other_data_of_the_same_length_is_refused(toy, half, tmp_path):
-    """It went on without a word, on another tokenizer too."""
-    moved = shutil.copytree(toy, tmp_path / "moved")
-    spec = json.loads((moved / "tokenizer.json").read_text())
-    for tokens in (spec["tokens"][:-2] + spec["tokens"][:-3:-1], spec["tokens"]):
-        (moved / "tokenizer.json").write_text(json.dumps(spec | {"tokens": tokens}))
-        if tokens != spec["tokens"]:
-            refuses(lambda: run(moved, half), "as many training tokens, but they or their tokenizer")
-    corpus = np.array(data.open_bin(moved / "train_000001.bin"))
-    corpus[30_000] += 1
-    write_bin(moved / "train_000001.bin", corpus)
-    refuses(lambda: run(moved, half), "as many training tokens, but they or their tokenizer are others")
-
-
 @pytest.mark.parametrize("change, says", [
     ({"pattern": "(["}, "Parsing error"), ({"pattern": 5}, "int"), ({"tokens": ["QQ==", 5]}, "int"),
     ({"tokens": []}, "every byte"), ({"tokens": ["QQ=="] * 2}, "every byte"), ({"tokens": ["?"]}, "Error"),
@@ -353,7 +339,7 @@ def test_ten_bad_updates_in_a_row_end_the_run_whenever_they_begin(first):
     progress, look, looks = Progress(), False, 0
     with pytest.raises(UserError, match="not finite in 10 updates in a row"):
         for step in range(100):
-            progress.finish_update({}, torch.tensor(float(step >= first)))
+            progress.finish_update({}, torch.tensor(float(step >= first)), 0.0)
             look = train.require_finite(cfg, progress, look)
             looks += look
     assert progress.step == first + 10 and looks <= 9
@@ -457,7 +443,8 @@ def test_wandb_that_fails_in_mid_run_warns_once(toy, tmp_path, whole, monkeypatc
         if len(calls) > 3:
             raise ConnectionResetError("Connection lost")
 
-    broken = SimpleNamespace(define_metric=lambda *args, **options: None, log=fail, finish=fail)
+    broken = SimpleNamespace(define_metric=lambda *args, **options: None, log=fail, finish=fail, summary={},
+                             resumed=False)
     monkeypatch.setattr(wandb, "init", lambda **options: broken)
     monkeypatch.setattr(wandb, "teardown", lambda: calls.append("teardown"))
     run(toy, tmp_path, "--wandb=online")

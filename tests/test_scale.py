@@ -95,8 +95,8 @@ def test_a_bad_id_that_is_met_late_stops_the_run_with_a_checkpoint(toy, tmp_path
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(schedule.Schedule, "micro_step", damage_before_step_3)
-        refuses(lambda: run(folder, tmp_path / "run", "--max_steps=6"), "stopped at step 3, which is saved",
-                f"{path}: token id 65535 at ", "restore it, and the same command resumes")
+        refuses(lambda: run(folder, tmp_path / "run", "--max_steps=6"), f"{path}: token id 65535 at ",
+                "mend that, and the same command resumes from step 3")
     assert checkpoint.newest(tmp_path / "run")["step"] == 3
     path.write_bytes(original)
     resumed = run(folder, tmp_path / "run", "--max_steps=6")

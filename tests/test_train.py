@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TOY, TOY_VOCAB, same, toy_config, write_bin
+from conftest import TOY, TOY_VOCAB, last_of_each, same, toy_config, write_bin
 
 import checkpoint
 import config
@@ -31,11 +31,6 @@ from schedule import Schedule, block_kinds
 from train import Config
 
 ROOT = Path(train.__file__).parent
-
-
-def last_of_each(*flags):
-    """A flag given twice is refused."""
-    return list({flag.split("=")[0]: flag for flag in flags}.values())
 
 
 def run(toy, out_dir, *flags):
