@@ -10,10 +10,9 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from conftest import TOY, last_of_each, refuses, same, write_bin
+from conftest import TOY, last_of_each, refuses, same
 
 import adaptation
 import checkpoint
