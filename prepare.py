@@ -30,7 +30,8 @@ import config
 import machine
 from config import UserError
 from data import EMBEDDED, HEADER, MAGIC, MAX_IDS, SPECIAL, VERSION, encoding, load_tokenizer, save_tokenizer
-from sources import PIECES, SUFFIX, embedded_documents, find_files, read_documents, split_list
+from sources import (PIECES, SUFFIX, dataset_files, embedded_documents, find_files, read_documents,
+                     split_list)
 
 # Pre-tokenizer of the tokenizers trained here: a word takes its leading space along, digits go in threes. The
 # marks of a letter (accents, vowel signs, niqqud) belong to its word, and so do data.JOINERS: soft hyphen and
@@ -42,7 +43,7 @@ NO_TEXT = {"idna", "punycode", "raw-unicode-escape", "undefined", "unicode-escap
 STATE = "state.json"  # in OUT.partial, what is on disk so far
 # What a preparation writes, so what it may remove.
 OWN = re.compile(r"(train|val(_.+)?)_\d{6,}\.bin|(tokenizer|meta|state)\.json|state\.new")
-SIZE = "bytes of the sources"  # in the state: the same settings may find other files
+FILES = "files"  # in the state, {path: bytes} of all that is read: the same settings may find others
 
 
 @dataclass(frozen=True)
@@ -81,15 +82,16 @@ class Config:
 
 
 def check_sources(cfg):
-    """({validation file: domain}, bytes of the training files), for names that can be read, each but once."""
-    domains, reads, size = validation_domains(cfg), {}, 0
+    """({validation file: domain}, {path: bytes} of all files), for names that can be read, each but once."""
+    domains, reads = validation_domains(cfg), {}
+    sizes = {name: os.path.getsize(name) for name in domains}
     sources = split_list(cfg.source)
     if cfg.source and not sources:
         raise UserError(f"source = {cfg.source!r} names nothing; without --source, the corpus is this "
                         "installation's documentation")
     for source in sources:
         files, others = find_files(source)
-        size += sum(path.stat().st_size for path in files)
+        sizes |= {str(path): path.stat().st_size for path in files or dataset_files(source)}
         if others:
             names = ", ".join(path.name for path in others[:5]) + (", ..." if len(others) > 5 else "")
             print(f"{source}: {len(files)} files to read, {len(others)} skipped ({names})", file=sys.stderr)
@@ -102,7 +104,7 @@ def check_sources(cfg):
         if os.path.realpath(name) in reads:
             raise UserError(f"val: {name} is also trained on, source {reads[os.path.realpath(name)]} has it: "
                             "move it elsewhere, or give another file")
-    return domains, size
+    return domains, sizes
 
 
 def validation_domains(cfg):
@@ -308,7 +310,8 @@ def write_splits(cfg, domains, tokenizer, folder, writers, state):
 
     end, is_full = np.array([tokenizer.eot_token], "<u2"), False
     n_ids = 0 if cfg.tokenizer == "train" else tokenizer.n_vocab  # ids of a tokenizer trained here cannot be
-    progress = Progress(cfg, state["settings"][SIZE])
+    sizes = state["settings"][FILES]
+    progress = Progress(cfg, sum(sizes[name] for name in sizes.keys() - domains.keys()))
     progress.show(sum(map(total, writers)), total("train"))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         rest = itertools.islice(pieces(cfg, domains, n_ids, progress), state["pieces"], None)
@@ -379,6 +382,16 @@ def shards(tokens, limit):
             yield f"{split}_{start // limit:06d}.bin", min(limit, total - start)
 
 
+def require_same_files(partial, before, now):
+    """Of two {path: bytes}. Another file, and the pieces that are passed over would not be those written."""
+    before = before if isinstance(before, dict) else {}
+    for path in sorted(before.keys() | now.keys()):
+        if before.get(path) != now.get(path):
+            had, has = (f"{sizes[path]} bytes" if path in sizes else "not there" for sizes in (before, now))
+            raise UserError(f"{partial} was begun with other files: {path} was {had}, now it is {has}: put "
+                            "it back as it was, or remove that folder to start anew")
+
+
 def load_state(partial, settings):
     """What a preparation that was broken off has written, or where there is nothing, the state of a new one.
 
@@ -410,7 +423,9 @@ def load_state(partial, settings):
         what = "has no tokenizer.json" if is_right else f"has a {STATE} that does not fit its bins"
         raise UserError(f"{partial} {what}: it cannot be taken up, remove that folder to start anew")
     for key, value in settings.items():
-        if begun.get(key) != value:
+        if key == FILES:
+            require_same_files(partial, begun.get(key), value)
+        elif begun.get(key) != value:
             raise UserError(f"{partial} was begun with {key} = {begun.get(key)!r}, now it is {value!r}: go "
                             "on with the same, or remove that folder to start anew")
     for name in sizes.keys() - {STATE, "tokenizer.json"} - {name for name, _ in shards(tokens, limit)}:
@@ -477,8 +492,8 @@ def prepare(cfg):
     out, start = Path(cfg.out), time.perf_counter()
     if os.path.lexists(out):
         raise UserError(f"{out} exists already: remove it, or write elsewhere with --out=")
-    domains, size = check_sources(cfg)
-    settings = dataclasses.asdict(cfg) | {SIZE: size}
+    domains, sizes = check_sources(cfg)
+    settings = dataclasses.asdict(cfg) | {FILES: sizes}
     del settings["out"]  # it may be written in several ways
     # The lock lies beside the folder, so that no open file is in it when it is renamed: Windows refuses that.
     partial, lock = out.with_name(f"{out.name}.partial"), out.with_name(f"{out.name}.lock")

@@ -70,6 +70,12 @@ def saved_dataset(source):
     return None
 
 
+def dataset_files(source):
+    """The files of a dataset that save_to_disk wrote; none of one on the hub."""
+    saved = saved_dataset(source)
+    return sorted(path for path in Path(saved[0]).rglob("*") if path.is_file()) if saved else []
+
+
 def find_files(source):
     """(files to read, files passed over) of a file or folder; both are empty for a dataset.
 

@@ -443,14 +443,15 @@ def test_a_folder_left_before_the_first_shard_is_named_and_removed(tmp_path, cap
     assert not any("99" in path.name for path in (tmp_path / "bins").iterdir())
 
 
-def broken_off(tmp_path, monkeypatch):
+def broken_off(tmp_path, monkeypatch, **more):
     """Options of a preparation that broke off after a few shards and left bins.partial."""
-    options = corpus_of(tmp_path)
+    options = corpus_of(tmp_path) | more
     read, batches = prepare.read_documents, prepare.batches
 
-    def broken(*arguments):
-        yield from itertools.islice(read(*arguments), 400)
-        raise prepare.UserError("the network is gone")
+    def broken(source, *arguments):
+        yield from itertools.islice(read(source, *arguments), 400)
+        if source == options["source"]:
+            raise prepare.UserError("the network is gone")
 
     with monkeypatch.context() as patch:
         patch.setattr(prepare, "first_characters", lambda documents, n: itertools.islice(documents, 10))
@@ -458,6 +459,31 @@ def broken_off(tmp_path, monkeypatch):
         patch.setattr(prepare, "read_documents", broken)
         refuses(lambda: run(tmp_path, **options), "the network is gone")
     return options
+
+
+def test_a_resume_asks_for_the_same_files_of_validation_too(tmp_path, monkeypatch):
+    """They are read first: with a longer one, training documents came twice, with a shorter one some never."""
+    (tmp_path / "v.txt").write_text("words")
+    options = broken_off(tmp_path, monkeypatch, val=str(tmp_path / "v.txt"))
+    before = written(tmp_path / "bins.partial")
+    for name, text in (("v.txt", "words\n\n\nand more"), ("a.txt", "other")):
+        path, original = tmp_path / name, (tmp_path / name).read_bytes()
+        path.write_text(text)
+        refuses(lambda: run(tmp_path, **options), "bins.partial was begun with other files", "remove that",
+                f"{path} was {len(original)} bytes, now it is {len(text)} bytes")
+        path.write_bytes(original)
+    assert written(tmp_path / "bins.partial") == before
+    run(tmp_path, **options)
+    prepare.prepare(prepare.Config(**options | {"out": f"{tmp_path}/whole", "tokenizer": f"{tmp_path}/bins"}))
+    assert written(tmp_path / "bins") == written(tmp_path / "whole")
+
+
+def test_a_resume_asks_for_the_same_files_of_a_saved_dataset(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"text": ["words"]}).save_to_disk(tmp_path / "saved")
+    arrow = next((tmp_path / "saved").glob("*.arrow"))
+    sizes = prepare.check_sources(prepare.Config(source=str(tmp_path / "saved")))[1]
+    assert sizes[str(arrow)] == arrow.stat().st_size and len(sizes) == 3
 
 
 FOREIGN = ("notes.txt", "train.bin", "model_000000.bin", "train_000000.bin/kept.bin", "sub/train_000000.bin")
