@@ -33,8 +33,11 @@ OTHER_FILE = re.compile(r"\.(?:7z|arrow|bin|bz2|conllu?|csv|db|docx?|epub|feathe
                         r"np[yz]|odt|pdf|pkl|pt|py|rar|rst|rtf|safetensors|sqlite|tar|tex|text|tgz|toml|tsv|warc|"
                         r"xlsx?|xml|xz|ya?ml|zip|zst)$", re.IGNORECASE)
 # Formats that datasets.load_dataset would take for a name, to then look for files beside the command.
-BUILDERS = set("arrow audiofolder csv hdf5 imagefolder json pandas parquet sql text videofolder webdataset "
-               "xml".split())
+BUILDERS = set("arrow audiofolder conll csv eval fasta fastq genbank harbor hdf5 iceberg imagefolder json "
+               "lance meshfolder mmcif niftifolder pandas parquet pdb pdffolder sql text tsfile videofolder "
+               "vortex webdataset xml".split())
+# Files of datasets' own, which hold no rows.
+METADATA = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"}
 # Text is encoded in pieces of at most so many characters: at a million blanks the regex engine gives up. They
 # are cut before a space, where no tokenizer's token goes on, so the tokens are those of the whole text; where
 # there is none, before a letter, which keeps marks with theirs.
@@ -50,9 +53,10 @@ def split_list(text):
     """The names in a comma-separated list. A comma in the path of a file or folder that is there stays."""
     parts, names = text.split(","), []
     while parts:
-        n = next((n for n in range(len(parts), 1, -1) if os.path.exists(",".join(parts[:n]))), 1)
-        names.append(",".join(parts[:n]))
-        parts = parts[n:]
+        longest_first = [",".join(parts[:n]) for n in range(len(parts), 1, -1)]
+        name = next((name for name in longest_first if os.path.exists(name) or saved_dataset(name)), parts[0])
+        names.append(name)
+        parts = parts[name.count(",") + 1:]
     return [name for name in names if name.strip()]
 
 
@@ -65,9 +69,20 @@ def saved_dataset(source):
     if not os.path.exists(source) and ":" in source:
         folder, split = source.rsplit(":", 1)
         folder = folder.removesuffix(":")
-    if any(os.path.exists(f"{folder}/{name}") for name in ("dataset_info.json", "dataset_dict.json")):
-        return folder, split
+    for names in (("dataset_info.json", "state.json"), ("dataset_dict.json",)):
+        if all(os.path.exists(f"{folder}/{name}") for name in names):
+            return folder, split
     return None
+
+
+def dataset_identity(source):
+    """The same for all ways to name a split: its folder, or NAME:SUBSET:SPLIT on the hub."""
+    if saved := saved_dataset(source):
+        folder, split = saved
+        has_splits = os.path.exists(f"{folder}/dataset_dict.json")
+        return os.path.realpath(f"{folder}/{split or 'train'}" if has_splits else folder)
+    name, subset, split = (source.split(":", 2) + ["", ""])[:3]
+    return f"{name}:{subset}:{split or 'train'}"
 
 
 def dataset_files(source):
@@ -86,11 +101,13 @@ def find_files(source):
     path = Path(source)  # whose own methods raise an OSError for a name that is too long
     if os.path.isdir(source):
         read, others = [], []
-        for file in sorted(file for file in path.rglob("*") if not file.is_dir()):
+        for file in sorted(file for file in path.rglob("*") if file.is_symlink() or not file.is_dir()):
             hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-            (read if SUFFIX.search(file.name) and not hidden and file.is_file() else others).append(file)
+            is_text = SUFFIX.search(file.name) and file.name not in METADATA
+            (read if is_text and not hidden and file.is_file() else others).append(file)
         if not read:
-            raise UserError(f"{source} holds no file to read: {READ}")
+            links = [f"; {file} is a link to a folder: name that itself" for file in others if file.is_dir()]
+            raise UserError(f"{source} holds no file to read: {READ}{''.join(links[:1])}")
         return read, others
     if os.path.exists(source):
         if not SUFFIX.search(path.name):
@@ -102,7 +119,7 @@ def find_files(source):
     is_file_name = SUFFIX.search(source) or OTHER_FILE.search(source) or "\\" in source
     if is_file_name or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
         raise UserError(f"{source}: no such file or folder")
-    if name in BUILDERS:
+    if name.lower() in BUILDERS:
         raise UserError(f"{source}: {name} is a file format, no dataset; name the files or their folder")
     if "/" not in name and not rest:  # rather a folder that is misspelt
         raise UserError(f"{source}: no such file or folder; the Hugging Face dataset of that name is "

@@ -103,9 +103,20 @@ def test_a_folder_is_read_whatever_the_case_and_the_rest_is_listed(tmp_path):
     for name in ("notes.pdf", ".hidden.txt", ".git/description.md"):
         (tmp_path / name).write_text("not this")
     (tmp_path / "link.txt").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to(".")
     assert read(tmp_path, "text") == ["upper case", "line", "packed"]
     others = {path.name for path in find_files(str(tmp_path))[1]}
-    assert others == {"notes.pdf", ".hidden.txt", "description.md", "link.txt"}
+    assert others == {"notes.pdf", ".hidden.txt", "description.md", "link.txt", "loop"}
+
+
+def test_a_link_to_a_folder_within_a_folder_is_not_passed_over_in_silence(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "a.txt").write_text("words")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "corpus").symlink_to("../there")
+    refuses(lambda: find_files(str(tmp_path / "in")), "in holds no file to read",
+            f"{tmp_path}/in/corpus is a link to a folder: name that itself")
+    assert read(tmp_path / "in" / "corpus", "text") == ["words"]
 
 
 NO_FILES = """nowhere.txt ./nowhere /nowhere ../nowhere ~/nowhere .nowhere x.Parquet a/b/c x.jsonl.zst x.csv
@@ -124,7 +135,7 @@ def test_names_that_are_datasets_or_look_like_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("user/name", "user/name-v1.5:subset", "user/name::test[:5]", "name:2023.en", "name::train"):
         assert find_files(name) == ([], [])
-    for name in ("json", "parquet:data", "csv"):
+    for name in ("json", "parquet:data", "csv", "JSON:x"):
         refuses(lambda name=name: find_files(name), f"{name}: ", "is a file format")
     refuses(lambda: find_files("corpus"), "corpus: no such file or folder", "corpus::train")
     (tmp_path / "corpus").mkdir()
@@ -151,6 +162,22 @@ def test_a_path_may_hold_a_comma(tmp_path):
     assert sources.split_list(source) == [f"{tmp_path}/one, two/a,b.txt", f"{tmp_path}/c.txt"]
     assert sources.split_list(f"{tmp_path}/one, two,,user/name:a") == [f"{tmp_path}/one, two", "user/name:a"]
     assert sources.split_list(",, ,") == []
+
+
+def test_the_builders_of_the_installed_library_are_known():
+    """`eval:x`, `conll` and others were taken for datasets, and these look for files beside the command."""
+    known = pytest.importorskip("datasets.packaged_modules")._PACKAGED_DATASETS_MODULES
+    assert set(known) <= sources.BUILDERS
+
+
+def test_metadata_of_datasets_hold_no_rows(tmp_path):
+    """A pretty-printed dataset_infos.json in a folder of Parquet files ended the preparation."""
+    (tmp_path / "a.jsonl").write_text('{"text": "row"}\n')
+    for name in ("dataset_info.json", "dataset_infos.json", "sub/dataset_dict.json", "sub/state.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{\n "description": ""\n}\n')
+    assert read(tmp_path, "text") == ["row"]
+    assert len(find_files(str(tmp_path))[1]) == 4
 
 
 # ---- compressed files, Parquet, datasets ----
@@ -198,6 +225,14 @@ def test_a_split_of_a_saved_dataset_can_be_named(tmp_path):
     for name in ("dict::test", "dict:test", "dict/test"):
         assert read(tmp_path / name, "text") == ["test"]
     assert read(tmp_path / "dev:dev", "text") == read(tmp_path / "dev", "text") == ["dev"]
+    assert len({sources.dataset_identity(f"{tmp_path}/{name}") for name in (
+        "dict::test", "dict:test", "dict/test", "./dict::test")}) == 1
+    assert len({sources.dataset_identity(f"{tmp_path}/{name}") for name in (
+        "dict::dev", "dict", "dict::train", "dev", "dev::dev")}) == 3
+    (tmp_path / "dict").rename(tmp_path / "di,ct")
+    names = [f"{tmp_path}/di,ct::test", f"{tmp_path}/dev::dev"]
+    assert sources.split_list(",".join(names)) == names
+    (tmp_path / "di,ct").rename(tmp_path / "dict")
     refuses(lambda: read(tmp_path / "dict", "text"), "no split train: it has test, dev", "dict::test")
     refuses(lambda: read(tmp_path / "dict::no", "text"), "has no split no")
     refuses(lambda: read(tmp_path / "dev::test", "text"), "dev holds one split (dev), not test")
