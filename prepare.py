@@ -30,8 +30,16 @@ import config
 import machine
 from config import UserError
 from data import EMBEDDED, HEADER, MAGIC, MAX_IDS, SPECIAL, VERSION, encoding, load_tokenizer, save_tokenizer
-from sources import (PIECES, SUFFIX, dataset_files, embedded_documents, find_files, read_documents,
-                     split_list)
+from sources import (
+    PIECES,
+    SUFFIX,
+    dataset_files,
+    dataset_identity,
+    embedded_documents,
+    find_files,
+    read_documents,
+    split_list,
+)
 
 # Pre-tokenizer of the tokenizers trained here: a word takes its leading space along, digits go in threes. The
 # marks of a letter (accents, vowel signs, niqqud) belong to its word, and so do data.JOINERS: soft hyphen and
@@ -95,7 +103,7 @@ def check_sources(cfg):
         if others:
             names = ", ".join(path.name for path in others[:5]) + (", ..." if len(others) > 5 else "")
             print(f"{source}: {len(files)} files to read, {len(others)} skipped ({names})", file=sys.stderr)
-        for name in map(os.path.realpath, files) if files else [source]:
+        for name in map(os.path.realpath, files) if files else [dataset_identity(source)]:
             if name in reads:
                 raise UserError(f"source: {name} would be read twice, for {reads[name]} and {source}: name "
                                 "it once")
@@ -265,8 +273,25 @@ class Progress:
     def __init__(self, cfg, size):
         self.cfg, self.size = cfg, size  # bytes of all files; 0: not known
         self.done, self.file = 0, None  # bytes of the files that are read, and the one being read
-        self.start = None  # (time, tokens, share of the whole) at the first call
+        self.start = None  # (time, tokens, share of the whole) when the first new text is read
+        self.shown = None  # time of the last line
         self.on_terminal = sys.stderr.isatty()
+
+    def is_due(self, now):
+        self.shown = now if self.shown is None else self.shown
+        if now - self.shown < (0.5 if self.on_terminal else 30):
+            return False
+        self.shown = now
+        return True
+
+    def print(self, line):
+        line = f"{self.cfg.out}: {line}"
+        print(f"\r\033[K{line} " if self.on_terminal else f"{line}\n", end="", file=sys.stderr, flush=True)
+
+    def pass_over(self, pieces, of):
+        """So many pieces of what is on disk have been read again."""
+        if self.is_due(time.perf_counter()):
+            self.print(f"passing over the text that is on disk, {pieces / of:.0%}")
 
     def show(self, tokens, training_tokens):
         now, share = time.perf_counter(), 0.0
@@ -277,15 +302,14 @@ class Progress:
             share = (self.done + inside) / self.size
         if self.start is None:
             self.start, self.shown = (now, tokens, share), now
-        if now - self.shown < (0.5 if self.on_terminal else 30):
+        if not self.is_due(now):
             return
-        self.shown = now
         seconds, new, advance = now - self.start[0], tokens - self.start[1], share - self.start[2]
-        line = f"{self.cfg.out}: {tokens / 1e6:,.1f} M tokens, {new / seconds / 1e6:.2f} M tokens/s"
+        line = f"{tokens / 1e6:,.1f} M tokens, {new / seconds / 1e6:.2f} M tokens/s"
         if advance > 0:
             left = seconds * max(0.0, 1 - share) / advance
             line += f", {left / 60:,.0f} min left" if left > 90 else f", {left:.0f} s left"
-        print(f"\r\033[K{line} " if self.on_terminal else f"{line}\n", end="", file=sys.stderr, flush=True)
+        self.print(line)
 
     def close(self):
         print("\r\033[K" if self.on_terminal else "", end="", file=sys.stderr, flush=True)
@@ -312,9 +336,11 @@ def write_splits(cfg, domains, tokenizer, folder, writers, state):
     n_ids = 0 if cfg.tokenizer == "train" else tokenizer.n_vocab  # ids of a tokenizer trained here cannot be
     sizes = state["settings"][FILES]
     progress = Progress(cfg, sum(sizes[name] for name in sizes.keys() - domains.keys()))
+    rest = pieces(cfg, domains, n_ids, progress)
+    for number, _ in enumerate(itertools.islice(rest, state["pieces"])):
+        progress.pass_over(number, state["pieces"])
     progress.show(sum(map(total, writers)), total("train"))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        rest = itertools.islice(pieces(cfg, domains, n_ids, progress), state["pieces"], None)
         for batch in batches(rest):
             shards = whole_shards()
             for (split, is_start, _), ids in zip(batch, pool.map(encode, batch)):
@@ -473,8 +499,8 @@ def fill(partial, cfg, domains, settings):
         for writer in writers.values():
             writer.abandon()
         if (partial / STATE).exists():
-            print(f"{partial} keeps the shards that are whole: the command that began it goes on",
-                  file=sys.stderr)
+            print(f"{partial} keeps the shards that are whole: the same command on the same files goes on; "
+                  "where a file has to be changed, remove that folder to start anew", file=sys.stderr)
         else:
             remove(partial)
         if type(error).__name__ == "PanicException":  # of the Rust libraries; it is no Exception

@@ -14,6 +14,7 @@ import tracemalloc
 import unicodedata
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -312,7 +313,7 @@ def test_names_that_make_no_sense_together_are_refused_before_anything_is_writte
         (f"{b},{b}", "", "b.txt would be read twice"),
         (f"{folder},{a}", "", "a.txt would be read twice", f"for {folder} and {a}"),
         (f"{b},{tmp_path}/link.txt", "", "b.txt would be read twice"),
-        ("user/name,user/name", "", "user/name would be read twice"),
+        ("user/name,user/name::train", "", "would be read twice, for user/name and user/name::train"),
         (b, b, "b.txt is also trained on"),
         (folder, a, "a.txt is also trained on", f"source {folder} has it"),
         (b, str(tmp_path / "v.csv"), "v.csv: sources are", ".jsonl"),
@@ -394,7 +395,8 @@ def test_a_stream_that_breaks_is_taken_up_with_the_same_bytes(tmp_path, monkeypa
     resumed = prepare.Config(out=str(tmp_path / "bins"), **options, tokenizer=tokenizer)
     refuses(lambda: prepare.prepare(resumed), "the network is gone")
     kept = (tmp_path / "bins.partial").exists()
-    assert kept == (break_at > 100) == ("the command that began it goes on" in capsys.readouterr().err)
+    said = "the same command on the same files goes on; where a file has to be changed, remove that folder"
+    assert kept == (break_at > 100) == (said in capsys.readouterr().err)
     monkeypatch.setattr(prepare, "read_documents", read)
     if kept:
         changed = replace(resumed, val_share=0.2)
@@ -408,7 +410,8 @@ def test_a_stream_that_breaks_is_taken_up_with_the_same_bytes(tmp_path, monkeypa
         data.tiktoken.Encoding, "encode_to_numpy", lambda *a, **k: encoded.append(1) or encode(*a, **k)
     )
     prepare.prepare(resumed)
-    assert written(tmp_path / "bins") == written(tmp_path / "whole") and len(encoded) < 600 or not kept
+    assert written(tmp_path / "bins") == written(tmp_path / "whole")
+    assert len(encoded) < 600 or not kept
     assert not (tmp_path / "bins.partial").exists()
 
 
@@ -462,7 +465,7 @@ def broken_off(tmp_path, monkeypatch, **more):
 
 
 def test_a_resume_asks_for_the_same_files_of_validation_too(tmp_path, monkeypatch):
-    """They are read first: with a longer one, training documents came twice, with a shorter one some never."""
+    """They are read first: with a longer one, training documents came twice, with a shorter one never."""
     (tmp_path / "v.txt").write_text("words")
     options = broken_off(tmp_path, monkeypatch, val=str(tmp_path / "v.txt"))
     before = written(tmp_path / "bins.partial")
@@ -618,6 +621,24 @@ def test_progress_is_plain_lines_in_a_log_file(monkeypatch, capsys):
     assert capsys.readouterr().err == (
         "x: 3.0 M tokens, 0.10 M tokens/s, 70 s left\nx: 6.0 M tokens, 0.10 M tokens/s, 40 s left\n"
     )
+
+
+def test_what_is_passed_over_on_a_resume_is_shown_and_does_not_count_as_time(tmp_path, monkeypatch, capsys):
+    """Nothing was shown for as long as that took, and then the rate was that of all the time."""
+    options = broken_off(tmp_path, monkeypatch, tokenizer=byte_tokenizer(tmp_path))
+    state = json.loads((tmp_path / "bins.partial" / "state.json").read_text())
+    capsys.readouterr()
+    clock = itertools.count(0, 10)  # seconds; each look at it is one of Progress
+    monkeypatch.setattr(prepare, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(prepare, "batches", lambda items: ([item] for item in items))
+    made, progress = [], prepare.Progress
+    monkeypatch.setattr(prepare, "Progress", lambda *a: made.append(progress(*a)) or made[0])
+    run(tmp_path, **options)
+    said = [line for line in capsys.readouterr().err.splitlines() if "bins: " in line]
+    passing = [line for line in said if "passing over" in line]
+    assert passing == said[:len(passing)] and len(passing) == (state["pieces"] - 1) // 3
+    assert passing[0].endswith(f"passing over the text that is on disk, {3 / state['pieces']:.0%}")
+    assert made[0].start[0] == 10 * (1 + state["pieces"]) and "left" in said[-1]
 
 
 @pytest.mark.shared
