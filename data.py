@@ -8,6 +8,8 @@ modded-nanogpt. nanoGPT's train.bin and val.bin, which have no header, are read 
 function of (seed, index).
 """
 import base64
+import contextlib
+import errno
 import functools
 import hashlib
 import itertools
@@ -15,6 +17,7 @@ import json
 import mmap
 import os
 import re
+import sys
 import unicodedata
 import zlib
 from pathlib import Path
@@ -26,6 +29,11 @@ import torch
 
 import logs
 from config import UserError
+
+try:
+    import resource
+except ImportError:  # Windows, which has no such limit
+    resource = None
 
 MAGIC, VERSION, HEADER = 20240520, 1, 256  # HEADER: int32 words before the tokens
 MAX_IDS = 2**16  # bins hold uint16
@@ -239,18 +247,21 @@ def lack_of_words(tokenizer, word_targets, tokens, words, ways, most):
     tokens: of the text; words: those of them that may be classes; most: how often a class may come. ""
     where the text has words enough.
     """
-    text = tokenizer.decode(tokens.ravel()[:2**16].tolist())
+    text, is_gpt2 = tokenizer.decode(tokens.ravel()[:2**16].tolist()), tokenizer.name == "gpt2"
     if word_targets == "spaced" and sum(map(in_word, text)) > 16 * text.count(" "):
         return ("it has no words between spaces, as Chinese, Japanese or Thai; set word_targets = any, which "
-                "takes single tokens of letters")
+                "takes single tokens of letters" + is_gpt2 * ", and prepare it with --tokenizer=train")
     counts = np.unique(words, return_counts=True)[1]
+    if len(counts) < ways:
+        if is_gpt2:
+            return (f"only {len(counts)} different words are single tokens of GPT-2's tokenizer there; "
+                    "prepare it with --tokenizer=train, which learns its words")
+        return (f"only {len(counts)} different words are single tokens there; lower ways, give more text or "
+                "prepare it with a larger vocab_size")
     too_frequent = int((counts > most).sum())
     if 2 * too_frequent > len(counts):
         return (f"{too_frequent} of its {len(counts)} words are too frequent, above {most} times; raise "
                 "max_word_share, or give text of more different words")
-    if len(counts) < ways:
-        return (f"only {len(counts)} different words are single tokens there; lower ways, give more text or "
-                "prepare it with a larger vocab_size")
     return ""
 
 
@@ -290,9 +301,23 @@ def open_bin(path):
     return map_tokens(path, 4 * HEADER)
 
 
+# Each map keeps its file open, unless told not to, which Python 3.13 brought for Unix.
+MAP_OPTIONS = {"trackfd": False} if resource and sys.version_info >= (3, 13) else {}
+
+
+def allow_open_files(n):
+    """Raises this process' limit of open files, often 1,024 where 2**20 are allowed, to hold n maps more."""
+    if resource and not MAP_OPTIONS:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = n + 1024 if hard == resource.RLIM_INFINITY else min(n + 1024, hard)
+        if soft != resource.RLIM_INFINITY and soft < min(n + 256, wanted):
+            with contextlib.suppress(ValueError, OSError):  # macOS allows less than it says
+                resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def map_tokens(path, offset):
     with open(path, "rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ, **MAP_OPTIONS)
     if hasattr(mmap, "MADV_RANDOM"):  # reading 8 MB ahead at each place, the first batches took seconds
         mapped.madvise(mmap.MADV_RANDOM)
     return np.frombuffer(mapped, "<u2", offset=offset)
@@ -317,7 +342,15 @@ class Corpus:
 
     def __init__(self, paths):
         self.paths, self.sizes = paths, list(map(os.path.getsize, paths))
-        self.shards = list(map(open_bin, paths))
+        try:
+            self.shards = list(map(open_bin, paths))
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                raise
+            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            raise UserError(f"{paths[0].parent}: {len(paths):,} bins in a split, and {limit:,} files that "
+                            "this process may open: raise that (ulimit -n), take Python 3.13 or later, or "
+                            "prepare larger shards (--shard_tokens)") from None
         self.tokens = sum(map(len, self.shards))
         self.vocab_size = MAX_IDS  # as long as it is not known
 
@@ -333,9 +366,12 @@ class Corpus:
     def read(self, shard, start, length):
         """`length` tokens of a shard, from `start` on. Raises UserError where they are not what they were."""
         path = self.paths[shard]
-        if os.path.getsize(path) != self.sizes[shard]:  # reading on would end the process with a bus error
-            raise UserError(f"{path} had {self.sizes[shard]:,} bytes, now it has "
-                            f"{os.path.getsize(path):,}")
+        try:
+            size = os.path.getsize(path)
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
+        if size != self.sizes[shard]:  # reading on would end the process with a bus error
+            raise UserError(f"{path} had {self.sizes[shard]:,} bytes, now it has {size:,}")
         tokens = self.shards[shard][start:start + length]
         if (largest := int(tokens.max())) >= self.vocab_size:
             raise UserError(f"{path}: token id {largest} at {start + int(tokens.argmax()):,} is outside the "
@@ -367,7 +403,9 @@ def open_corpus(folder):
     if not folder.is_dir():
         raise UserError(f"no data at {folder}: prepare it with python prepare.py --out={folder} --source=...")
     train, val, others = [], {}, []
-    for path in sorted(folder.glob("*.bin")):
+    paths = sorted(folder.glob("*.bin"))
+    allow_open_files(len(paths))
+    for path in paths:
         if match := re.search(r"(?:^|_)val(?:_(?!\d{1,6}\.bin$)(.+?))?(?:_\d{1,6})?\.bin$", path.name):
             val.setdefault(match[1] or "val", []).append(path)
         elif re.search(r"(?:^|_)train(?:_\d+)?\.bin$", path.name):

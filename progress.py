@@ -163,7 +163,8 @@ def resume(cfg, corpus, digests, learner, optimizers):
         raise UserError(f"{cfg.out_dir} holds a run that has done {state['step']} steps, max_steps = "
                         f"{cfg.max_steps}: take at least as many, or another --out_dir")
     decay_end = cfg.meta_start + cfg.meta_decay * min(cfg.max_steps, saved["max_steps"])
-    if cfg.max_steps != saved["max_steps"] and cfg.meta_decay > 0 and state["step"] > decay_end:
+    decays = cfg.meta_share > 0 and cfg.meta_decay > 0
+    if cfg.max_steps != saved["max_steps"] and decays and state["step"] > decay_end:
         raise UserError(f"{cfg.out_dir}: with meta_decay = {cfg.meta_decay}, max_steps = {cfg.max_steps} in "
                         f"place of {saved['max_steps']} would change which updates before step "
                         f"{state['step']} read episodes: start a new run with --init_from={cfg.out_dir}")

@@ -498,7 +498,8 @@ def new_length_note(cfg, old_max_steps, step):
     note = f"length    max_steps = {cfg.max_steps}, {old_max_steps} before: "
     if step == cfg.max_steps:
         return note + "the run ends here, its learning rate not decayed to 0"
-    decay = "; the weight of the episodes decays over the new length too" if cfg.meta_decay > 0 else ""
+    decays = cfg.meta_share > 0 and cfg.meta_decay > 0
+    decay = "; the weight of the episodes decays over the new length too" if decays else ""
     rise = f", rises to {cfg.lr:.2e} at step {cfg.warmup_steps}" if step < cfg.warmup_steps else ""
     if cfg.warmup_steps >= cfg.max_steps:
         return note + f"it ends within warmup_steps = {cfg.warmup_steps}{decay}"

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import random
 import unicodedata
 
@@ -551,6 +552,47 @@ def test_words_that_are_all_too_frequent_are_told(tmp_path):
     assert len(set(maker.episode(0)[0].tolist())) == 16
     refuses(lambda: Episodes(corpus, tokenizer, 99, 3, 1, 16, 0, max_share=0.1).episode(0),
             "different words are single tokens", "vocab_size")
+
+
+@pytest.mark.parametrize("letters, mode, says", [
+    ("हिन्दी भाषा में बहुत शब्द हैं", "spaced", "only 0 different words are single tokens of GPT-2's"),
+    ("हिन्दी भाषा में बहुत शब्द हैं", "any", "only 0 different words are single tokens of GPT-2's"),
+    ("語言模型的中文", "spaced", "set word_targets = any, which takes single tokens of letters, and prepare"),
+    ("語言模型的中文aaaa", "any", "only 1 different words are single tokens of GPT-2's"),
+])
+def test_gpt2_is_not_told_to_grow(tmp_path, letters, mode, says):
+    """With 0 words: "lower ways, give more text or a larger vocab_size"; with 4 for 16: "too frequent"."""
+    ranks = {bytes([i]): i for i in range(256)}  # most of the others are of English
+    tokenizer = data.encoding("gpt2", prepare.PATTERN, ranks)
+    corpus = make_bins(tmp_path, tokenizer, letters * 2000)
+    with pytest.raises(UserError, match=says) as error:
+        Episodes(corpus, tokenizer, 16, 3, 1, 16, 0, word_targets=mode).episode(0)
+    assert "--tokenizer=train" in str(error.value)
+    assert not any(wrong in str(error.value) for wrong in ("vocab_size", "lower ways", "max_word_share"))
+
+
+# ---- the files of a split ----
+
+
+@pytest.mark.skipif(bool(data.MAP_OPTIONS) or data.resource is None, reason="maps keep no file open")
+def test_more_bins_than_a_process_may_open_files(tmp_path, monkeypatch):
+    """Each map keeps its file open: 1,100 bins ended in "OSError: [Errno 24] Too many open files"."""
+    for i in range(60):
+        write_bin(tmp_path / f"train_{i:06d}.bin", [i])
+    write_bin(tmp_path / "val_000000.bin", [1, 2])
+    resource = data.resource
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    first_free = os.open(os.devnull, os.O_RDONLY)
+    os.close(first_free)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (first_free + 30, limits[1]))
+        with monkeypatch.context() as patch:
+            patch.setattr(resource, "setrlimit", lambda *_: None)  # as where the hard limit is the same
+            refuses(lambda: open_corpus(tmp_path), f"{tmp_path}: 60 bins in a split, and "
+                    f"{first_free + 30} files that this process may open", "ulimit -n", "--shard_tokens")
+        assert open_corpus(tmp_path)[0].tokens == 60
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 # ---- tokenizers ----

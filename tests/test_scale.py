@@ -112,6 +112,22 @@ def test_a_bin_cut_short_in_mid_run_is_named(toy, tmp_path):
     refuses(lambda: sequences[range(4)], f"{corpus.paths[0]} had ", "bytes, now it has 4,096")
 
 
+def test_a_bin_removed_in_mid_run_stops_it_with_a_checkpoint(toy, tmp_path, monkeypatch):
+    """The FileNotFoundError of a look at its size ended the run with a traceback and without a checkpoint."""
+    shutil.copytree(toy, folder := tmp_path / "data")
+    path, micro_step = data.open_corpus(folder)[0].paths[0], schedule.Schedule.micro_step
+
+    def remove_before_step_3(plan, number, *args):
+        if number == 3 * plan.micro_steps:
+            path.unlink()
+        return micro_step(plan, number, *args)
+
+    monkeypatch.setattr(schedule.Schedule, "micro_step", remove_before_step_3)
+    refuses(lambda: run(folder, tmp_path / "run", "--max_steps=6", "--meta_share=0"),
+            f"cannot read {path}: No such file or directory", "the same command resumes from step 3")
+    assert checkpoint.newest(tmp_path / "run")["step"] == 3
+
+
 def learning_rates(out_dir):
     lines = map(json.loads, (out_dir / "log.jsonl").read_text().splitlines())
     return {line["step"]: line["lr"] for line in lines if "lr" in line}
@@ -162,6 +178,14 @@ def test_a_length_that_would_change_what_was_read_is_refused(toy, tmp_path):
         (tmp_path / f"ckpt_{step:06d}.pt").unlink()
     longer = run(toy, tmp_path, "--max_steps=12", *flags)
     assert longer["tokens"] == run(toy, tmp_path / "whole", "--max_steps=12", *flags)["tokens"]
+
+
+def test_a_vanilla_run_is_made_longer_whatever_meta_decay_says(toy, tmp_path, capsys):
+    """It was refused since its episodes would have ended elsewhere, and it has none."""
+    flags = ["--meta_decay=0.5", "--meta_share=0", "--meta_start=0"]
+    run(toy, tmp_path, "--max_steps=4", *flags)
+    assert run(toy, tmp_path, "--max_steps=8", *flags)["step"] == 8
+    assert "max_steps = 8, 4 before" in (said := capsys.readouterr().out) and "episodes decays" not in said
 
 
 def test_a_run_of_another_order_of_sequences_is_not_resumed(toy, tmp_path):
