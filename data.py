@@ -345,7 +345,7 @@ class Corpus:
         try:
             self.shards = list(map(open_bin, paths))
         except OSError as error:
-            if error.errno != errno.EMFILE:
+            if error.errno != errno.EMFILE or resource is None:
                 raise
             limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
             raise UserError(f"{paths[0].parent}: {len(paths):,} bins in a split, and {limit:,} files that "
