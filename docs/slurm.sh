@@ -21,7 +21,9 @@ trap 'is_time_up=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240  # seconds that torchrun leaves the ranks for it, 30 by default
 
 first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-srun torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="$SLURM_GPUS_ON_NODE" \
+# From Slurm 22.05 until 23.11, srun does not take over the job's --cpus-per-task.
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" \
+    torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="$SLURM_GPUS_ON_NODE" \
     --rdzv_id="$SLURM_JOB_ID" --rdzv_backend=c10d \
     --rdzv_endpoint="$first_node:$((20000 + SLURM_JOB_ID % 10000))" train.py "$@" &
 wait $!  # in the background, since a trap waits for what runs in the foreground

@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 STAND_INS = {
     "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
-    "srun": '"$@" & a=$!; "$@" & b=$!; echo $a $b > "$CALLS/step"; wait $a; a=$?; wait $b; exit $((a + $?))',
+    "srun": '[ "$1" = --cpus-per-task=4 ] || exit 64; shift; "$@" & a=$!; "$@" & b=$!; '
+            'echo $a $b > "$CALLS/step"; wait $a; a=$?; wait $b; exit $((a + $?))',
     "scancel": 'echo scancel "$@" >> "$CALLS/log"; kill -TERM $(cat "$CALLS/step")',
     "scontrol": 'if [ $1 = show ]; then echo localhost; echo other; else echo "$@" >> "$CALLS/log"; fi',
 }
@@ -30,7 +31,7 @@ def test_a_job_whose_time_is_up_writes_a_checkpoint_and_comes_back_and_a_finishe
     env = os.environ | {
         "PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(tmp_path), "OMP_NUM_THREADS": "1",
         "SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "localhost,other", "SLURM_NNODES": "2",
-        "SLURM_GPUS_ON_NODE": "1",
+        "SLURM_GPUS_ON_NODE": "1", "SLURM_CPUS_PER_TASK": "4",
     }
 
     def submit(max_steps):
