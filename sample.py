@@ -5,10 +5,11 @@
 
 The first argument is a run's folder (its newest checkpoint is used) or a checkpoint file. A sample ends
 early where the model ends the text. Without --prompt and --file the prompt comes from standard input, unless
-that is a terminal; an empty prompt is the beginning of a text. <|endoftext|> and <|mask|> in a prompt are
-these tokens.
+that is a terminal or closed, and less one newline at its end, which `echo` adds; a file is read as it is. An
+empty prompt is the beginning of a text. <|endoftext|> and <|mask|> in a prompt are these tokens.
 """
 import itertools
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ import config
 import data
 import machine
 from config import UserError, require
+
+MAX_PROMPT = 2**18  # characters: a tokenizer's pattern fails on a million blanks
 
 
 @dataclass(frozen=True)
@@ -36,17 +39,20 @@ class Config:
 
     def __post_init__(self):
         config.require_at_least(self, 1, "tokens", "samples")
-        config.require_at_least(self, 0, "temperature", "top_k", "seed")
+        config.require_at_least(self, 0, "top_k", "seed")
+        require(self.temperature == 0 or 1e-3 <= self.temperature <= 1e3, "temperature must be 0 (always the "
+                f"likeliest token) or from 0.001 to 1000, got {self.temperature:g}")
         config.require_choice(self, "dtype", *machine.DTYPES)
         require(not (self.prompt and self.file), "give --prompt or --file, not both")
 
 
 def read_prompt(cfg):
-    if cfg.prompt or not cfg.file and sys.stdin.isatty():
+    if cfg.prompt or not cfg.file and (sys.stdin is None or sys.stdin.isatty()):
         return cfg.prompt
     try:
-        content = Path(cfg.file).read_bytes() if cfg.file else sys.stdin.buffer.read()
-        return content.decode()
+        if cfg.file:
+            return Path(cfg.file).read_bytes().decode()
+        return re.sub(r"\r?\n\Z", "", sys.stdin.buffer.read().decode())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the prompt from {cfg.file or 'standard input'}: {error}") from None
 
@@ -78,10 +84,14 @@ def main(argv):
     tokenizer = data.load_tokenizer(source if source.is_dir() else source.parent)
     end = tokenizer.eot_token
     text = read_prompt(cfg)
+    require(len(text) <= MAX_PROMPT, f"the prompt has {len(text):,} characters, at most {MAX_PROMPT:,} are "
+            f"taken: give its end, since the model reads the last {decoder.cfg.context:,} tokens alone")
     prompt = tokenizer.encode(text, allowed_special="all") or [end]
     require(max(prompt) < decoder.cfg.vocab_size, f"the prompt has the token id {max(prompt)}, the model "
             f"{decoder.cfg.vocab_size} ids: put the run's tokenizer.json beside the checkpoint")
 
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters that the model has
     for i in range(cfg.samples):
         if cfg.samples > 1:
             print(f"---- sample {i + 1}, seed {cfg.seed + i} ----")

@@ -79,6 +79,33 @@ def test_the_prompt_comes_from_a_flag_a_file_or_standard_input(shown, tmp_path):
     assert shown("--prompt=some\nlines é", "--tokens=5", stdin=b"not this") == expected
 
 
+def test_the_newline_that_echo_adds_is_no_part_of_the_prompt(shown, tmp_path):
+    """It was, so the model went on after it. A second newline is, and that at the end of a file."""
+    expected = shown("--prompt=abc", "--tokens=5")
+    assert expected == shown("--tokens=5", stdin=b"abc\n") == shown("--tokens=5", stdin=b"abc\r\n")
+    (tmp_path / "prompt.txt").write_bytes(b"abc\n")
+    expected = shown("--prompt=abc\n", "--tokens=5")
+    assert expected.startswith("abc\n") and expected == shown("--tokens=5", stdin=b"abc\n\n")
+    assert expected == shown(f"--file={tmp_path / 'prompt.txt'}", "--tokens=5")
+
+
+def test_a_closed_standard_input_is_no_prompt(run, shown, capsys, monkeypatch):
+    """As with `<&-`: Python has no sys.stdin then, and there was a traceback."""
+    expected = shown("--tokens=9")
+    monkeypatch.setattr(sys, "stdin", None)
+    sample.main([run, "--device=cpu", "--dtype=float32", "--tokens=9"])
+    assert capsys.readouterr().out == expected
+
+
+def test_characters_that_the_terminal_lacks_are_replaced(run, monkeypatch):
+    """Those of a prompt, or of the model: they ended the command with UnicodeEncodeError."""
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    sample.main([run, "--device=cpu", "--prompt=é日", "--tokens=1"])
+    terminal.flush()
+    assert terminal.buffer.getvalue().startswith(b"\xe9?")
+
+
 def test_an_empty_prompt_is_the_beginning_of_a_text(run, toy, shown):
     expected = as_text(data.load_tokenizer(toy), draw(run, [END], 9, seed=1)[1:])
     assert shown("--tokens=9") == expected + "\n"
@@ -121,7 +148,11 @@ def test_a_character_of_several_tokens_comes_whole(toy):
     ("flags", "says"),
     [
         (["--tokens=0"], "tokens must be at least 1"),
-        (["--temperature=-1"], "temperature must be at least 0"),
+        (["--temperature=-1"], "temperature must be 0"),
+        (["--temperature=1e-40"], "or from 0.001 to 1000, got 1e-40"),
+        (["--temperature=1e39"], "or from 0.001 to 1000, got 1e+39"),
+        (["--seed=99999999999999999999"], "seed must be below 2**63"),
+        (["--prompt=" + " " * 2**20], "1,048,576 characters, at most 262,144 are taken"),
         (["--samples=0"], "samples must be at least 1"),
         (["--top_k=-1"], "top_k must be at least 0"),
         (["--prompt=a", "--file=b"], "not both"),
