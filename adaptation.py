@@ -150,9 +150,12 @@ def main(argv):
     config.load(Config, flags, __doc__)
     config.require(folders, "name the folders of runs, for instance out/demo; got none")
     for folder in folders:
-        state = checkpoint.load(folder)
+        state, tokenizer = checkpoint.load(folder), data.load_tokenizer(folder)
+        config.require(tokenizer.name != data.HuggingFaceTokenizer.name,
+                       f"{folder} has an imported model's tokenizer, episodes need one of prepare.py for its "
+                       "<|mask|>: measure the model with eval_ner.py or probes.py --data=FOLDER")
         cfg, decoder = checkpoint.load_config(train.Config, state), checkpoint.load_model(state)
-        tokenizer, validation = data.load_tokenizer(folder), data.open_corpus(cfg.data)[1]
+        validation = data.open_corpus(cfg.data)[1]
         line = {"run": folder, "step": state["step"]}
         line |= AdaptationTest(cfg, validation, tokenizer).final(decoder, torch.float32)
         print(json.dumps(line), flush=True)

@@ -63,6 +63,19 @@ def encoding(name, pattern, ranks):
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
+def hugging_face_tokenizer(content):
+    """The tokenizers.Tokenizer of the content of a Hugging Face tokenizer.json."""
+    try:
+        import tokenizers
+    except ImportError:
+        raise UserError("an imported model's tokenizer needs a package: pip install tokenizers") from None
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(content))
+    except Exception as error:  # it raises no class of its own
+        raise UserError(f"tokenizers {tokenizers.__version__} cannot read the model's tokenizer.json "
+                        f"({error}): pip install --upgrade tokenizers, or download it again") from None
+
+
 class HuggingFaceTokenizer:
     """The tokenizer of an imported model (export.py), with the methods of a tiktoken Encoding that reading
     and writing text take. Those of episodes are refused: it has no <|mask|>, and its tokens are no bytes.
@@ -71,14 +84,10 @@ class HuggingFaceTokenizer:
     name = "huggingface"
 
     def __init__(self, spec):
-        try:
-            from tokenizers import Tokenizer
-        except ImportError:
-            raise UserError("an imported model's tokenizer needs a package: pip install tokenizers") from None
         self.spec, self.eot_token = spec, spec["ids"]["eos_token_id"]
-        self.special, self.ordinary = (Tokenizer.from_str(json.dumps(spec["tokenizer"])) for _ in range(2))
+        self.special, self.ordinary = (hugging_face_tokenizer(spec["tokenizer"]) for _ in range(2))
         self.ordinary.encode_special_tokens = True  # as the text that they are
-        self.n_vocab = 1 + max(self.special.get_vocab().values())  # ids may have gaps
+        self.n_vocab = 1 + max(self.special.get_vocab().values(), default=-1)  # ids may have gaps
 
     def encode(self, text, allowed_special="all"):
         """The ids of a text that begins here: special tokens read as such, those of a beginning added."""

@@ -10,7 +10,7 @@ eval_ner.py, probes.py --data=..., sample.py and train.py --init_from read. Need
 """
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -143,6 +143,11 @@ def model_card(folder, state, parameters):
     rows = [["", f"at step {state['step']:,}"]]
     rows += [[key, f"{value:,.6g}"] for key, value in last.items() if key.startswith(kinds)]
     metrics = markdown(rows) + "\n\nLosses are in nats a token." if len(rows) > 1 else "No metrics were kept."
+    origin = """trained by nanoMAML: next-token prediction,
+mixed with first-order MAML on Subset-Masked-LM episodes where `meta_share` is not 0. The episode head is left
+out."""
+    if "imported_from" in state["config"]:
+        origin = f"imported from\n`{Path(state['config']['imported_from']).name}`, and not trained since."
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -150,9 +155,7 @@ pipeline_tag: text-generation
 
 # {folder.resolve().name}
 
-A decoder of Llama's architecture, {parameters:,} parameters, trained by nanoMAML: next-token prediction,
-mixed with first-order MAML on Subset-Masked-LM episodes where `meta_share` is not 0. The episode head is left
-out.
+A decoder of Llama's architecture, {parameters:,} parameters, {origin}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -237,16 +240,18 @@ def read_config(folder):
     require(kind in ("llama", "pico_decoder"),
             f"{folder} holds a model of type {kind!r}: llama and pico_decoder are known")
     ropes = [there.get(key) or {} for key in ("rope_parameters", "rope_scaling")]  # transformers 5, and 4
+    require(all(isinstance(rope, dict) for rope in ropes),
+            f"{folder}/config.json: rope_parameters or rope_scaling is no JSON object: download it again")
     there = {"rope_theta": ropes[0].get("rope_theta", 10000.0), "rms_norm_eps": 1e-6, **there}
     keys = LLAMA_KEYS if kind == "llama" else PICO_KEYS
     if kind == "llama" and there.get("num_key_value_heads") is None:
         there["num_key_value_heads"] = there.get("num_attention_heads")
     missing = [key for key in keys.values() if there.get(key) is None]
     require(not missing, f"{folder}/config.json lacks {', '.join(missing)}")
-    values = {ours: there[theirs] for ours, theirs in keys.items()}
-    for key in ("rope_theta", "norm_eps"):
-        values[key] = float(values[key])
-    cfg = ModelConfig(**values)
+    kinds = {field.name: field.type for field in fields(ModelConfig)}
+    cfg = ModelConfig(**{
+        ours: config.convert(f"{folder}/config.json: {theirs}", there[theirs], kinds[ours], is_text=False)
+        for ours, theirs in keys.items()})
     head_dim = there.get("head_dim") or cfg.d_model // cfg.n_heads
     for is_other, what in (
         (any(rope.get("rope_type", rope.get("type", "default")) != "default" for rope in ropes),
@@ -266,9 +271,16 @@ def read_weights(folder):
     """{name: tensor} of model.safetensors, or of the shards that model.safetensors.index.json lists."""
     index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
     if index.exists():
-        names = sorted(set(read_json(index, "download it again").get("weight_map", {}).values()))
-    weights = {}
+        shards = read_json(index, "download it again").get("weight_map")
+        require(isinstance(shards, dict) and all(isinstance(name, str) for name in shards.values()),
+                f"{index} has no weight_map of names to files: download it again")
+        names = sorted(set(shards.values()))
+    weights, pickled = {}, folder / "pytorch_model.bin"
     for name in names:
+        require((folder / name).exists() or not pickled.exists(),
+                f"{folder / name} is missing: make it of {pickled.name} with python -c \"import torch, "
+                f"safetensors.torch as s; w = torch.load({str(pickled)!r}, 'cpu', weights_only=True); "
+                f"s.save_file({{k: w[k].clone().contiguous() for k in w}}, {str(folder / name)!r})\"")
         require((folder / name).exists(), f"{folder / name} is missing: download it; transformers' "
                 "save_pretrained makes safetensors of other formats")
         try:
@@ -298,7 +310,8 @@ def as_llama(weights, cfg, is_pico, is_tied):
                 if len(w) % channels == 0:  # else the shape is refused
                     w = w.unflatten(0, (-1, channels // 2, 2)).transpose(1, 2).flatten(0, 2)
         result[name] = w.float()
-    if is_tied and "model.embed_tokens.weight" in result:
+    # An output matrix that is there is used: so does pico's code, and transformers 5 (4.57 would tie).
+    if is_tied and "model.embed_tokens.weight" in result and "lm_head.weight" not in result:
         result["lm_head.weight"] = result["model.embed_tokens.weight"].clone()
     return result
 
@@ -313,15 +326,19 @@ def read_tokenizer(folder, there, is_pico):
     require("model" in tokenizer, f"{folder}/tokenizer.json is not one of Hugging Face: {remedy}")
     settings.pop("auto_map", None)  # custom code
     tokenizer |= {"truncation": None, "padding": None}
-    added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
-    ids = {}
+    known, ids = data.hugging_face_tokenizer(tokenizer), {}
     for key in ("bos_token", "eos_token", "pad_token"):
-        token = settings.get(key)
-        token = token["content"] if isinstance(token, dict) else token
-        number = there.get(f"{key}_id")
-        ids[f"{key}_id"] = added.get(token, number[0] if isinstance(number, list) else number)
-    require(ids["eos_token_id"] is not None, f"{folder} names no token that ends a text: give eos_token in "
-                                             "tokenizer_config.json, as the model was trained")
+        token, number = settings.get(key), there.get(f"{key}_id")
+        token = token.get("content") if isinstance(token, dict) else token
+        if token is None:
+            number = number[0] if isinstance(number, list) and number else number
+        else:
+            number = known.token_to_id(str(token))  # of an added token, else of any
+            require(number is not None, f"{folder}/tokenizer_config.json names the {key} {token!r}, which "
+                                        "tokenizer.json does not have: download both again")
+        ids[f"{key}_id"] = number
+    require(ids["eos_token_id"] in known.get_vocab().values(), f"{folder} names no token that ends a text: "
+            "give eos_token in tokenizer_config.json, as the model was trained")
     return {"name": data.HuggingFaceTokenizer.name, "tokenizer": tokenizer, "config": settings, "ids": ids}
 
 
@@ -339,7 +356,8 @@ def write_import(source, folder):
     settings = {"out_dir": str(folder), "data": "unknown", "imported_from": str(source)} | asdict(cfg)
     (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
     data.save_tokenizer(tokenizer, folder)
-    checkpoint.save(folder, {"step": 0, "tokens": 0, "model": weights, "config": settings}, keep=1)
+    state = {"step": 0, "tokens": 0, "model": weights, "config": settings, "optimizers": []}
+    checkpoint.save(folder, state, keep=1)  # without optimizers a resume would call it damaged
     parameters = sum(p.numel() for p in weights.values())
     return f"{parameters:,} parameters; for eval_ner.py, probes.py --data, sample.py, train.py --init_from"
 

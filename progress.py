@@ -152,6 +152,9 @@ def resume(cfg, corpus, digests, learner, optimizers):
                 raise UserError(f"{path} holds a run up to step {last} whose checkpoints are gone: put one "
                                 "back, take another --out_dir, or remove the file to start again")
         return None, None
+    if "imported_from" in state["config"]:
+        raise UserError(f"{cfg.out_dir} holds an imported model, no run to resume: take another --out_dir, "
+                        f"with --init_from={cfg.out_dir} for its weights")
     saved_cfg = checkpoint.load_config(type(cfg), state)
     saved, now = asdict(saved_cfg), asdict(cfg)
     differences = [f"{key} = {saved[key]!r} there, {now[key]!r} here" for key in now

@@ -2,6 +2,9 @@
 
 import json
 import random
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from conftest import SHARED, TOY_VOCAB, refuses
 
+import adaptation
 import checkpoint
 import data
 import eval_ner
@@ -195,7 +199,7 @@ def test_greedy_text_is_the_same_alone_and_in_a_padded_batch(exported):
 def test_the_card_tells_the_settings_and_the_last_losses_of_this_checkpoint(exported):
     card = (exported[2] / "README.md").read_text()
     assert "| val/loss |" in card and "4.25 |" in card and "at step 7" in card and '"lr": 0.125' in card
-    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert card.startswith("---\nlibrary_name: transformers\n") and "trained by nanoMAML" in card
 
 
 def test_an_export_comes_in_again_as_the_same_model_and_tokenizer(exported, tmp_path):
@@ -214,6 +218,8 @@ def test_an_export_comes_in_again_as_the_same_model_and_tokenizer(exported, tmp_
     export.main([str(tmp_path / "run"), f"--to={tmp_path / 'hf'}"])  # and out once more
     for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "hf" / name).read_bytes() == (folder / name).read_bytes()
+    card = (tmp_path / "hf" / "README.md").read_text()  # it said "trained by nanoMAML" of any import
+    assert "imported from\n`hf`" in card and "trained by" not in card
 
 
 # ---- in: models of others ----
@@ -251,6 +257,13 @@ LLAMA = {
     "max_position_embeddings": 64,
     "rms_norm_eps": 1e-5,
 }
+
+
+def edit(path, **changes):
+    """Changes keys of a JSON file: its content before."""
+    before = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(before | changes), encoding="utf-8")
+    return before
 
 
 def save_llama(folder, **options):
@@ -367,9 +380,50 @@ def test_a_pico_decoder_comes_in(tmp_path, prefix):
         assert there.std() > 0.5 and (ours(ids) - there).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("kind", ["llama", "pico"])
+def test_an_output_matrix_that_is_there_is_not_replaced_by_the_embedding(tmp_path, kind):
+    """tie_word_embeddings in config.json, as its default may be, once overwrote it silently."""
+    from safetensors.torch import load_file
+
+    (save_llama if kind == "llama" else save_pico)(tmp_path / "hf")
+    edit(tmp_path / "hf" / "config.json", tie_word_embeddings=True)
+    export.main([str(tmp_path / "hf"), f"--to={tmp_path / 'run'}"])
+    there = load_file(tmp_path / "hf" / "model.safetensors")
+    name = "lm_head.weight" if kind == "llama" else "pico_decoder.de_embedding_proj.weight"
+    assert torch.equal(checkpoint.load(tmp_path / "run")["model"]["lm_head.weight"], there[name])
+
+
+def test_the_end_of_a_text_is_the_token_that_is_named(tmp_path):
+    """One that is not among added_tokens was replaced by config.json's id, one that is nowhere too."""
+    save_llama(tmp_path / "hf")
+    edit(tmp_path / "hf" / "config.json", eos_token_id=2)
+    it = tokenizers.Tokenizer.from_file(str(tmp_path / "hf" / "tokenizer.json"))
+    for i, name in enumerate(["the", {"content": "the"}]):
+        edit(tmp_path / "hf" / "tokenizer_config.json", eos_token=name)
+        export.main([str(tmp_path / "hf"), f"--to={tmp_path / str(i)}"])
+        assert data.load_tokenizer(tmp_path / str(i)).eot_token == it.get_vocab()["the"] != 2
+    for key, name in (("eos_token", "</s>"), ("pad_token", "[PAD]"), ("bos_token", ["<s>"])):
+        before = edit(tmp_path / "hf" / "tokenizer_config.json", **{key: name})
+        refuses(
+            lambda: export.main([str(tmp_path / "hf"), f"--to={tmp_path / 'run'}"]), f"the {key} {name!r}"
+        )
+        edit(tmp_path / "hf" / "tokenizer_config.json", **{key: before.get(key)})
+    edit(tmp_path / "hf" / "tokenizer_config.json", eos_token=None)  # none is named: config.json's first
+    for ids in ([3, 4], 3):
+        edit(tmp_path / "hf" / "config.json", eos_token_id=ids)
+        export.main([str(tmp_path / "hf"), f"--to={tmp_path / f'id{ids}'}"])
+        assert data.load_tokenizer(tmp_path / f"id{ids}").eot_token == 3
+    for ids in (-1, 639, "3", []):
+        edit(tmp_path / "hf" / "config.json", eos_token_id=ids)
+        refuses(
+            lambda: export.main([str(tmp_path / "hf"), f"--to={tmp_path / 'run'}"]), "names no token that"
+        )
+
+
 def test_the_imported_tokenizer_is_the_one_there(tmp_path):
     """Padding, truncation and custom code of its files are left behind."""
     save_pico(tmp_path / "hf")
+    edit(tmp_path / "hf" / "tokenizer_config.json", auto_map={"AutoTokenizer": ["code.Tokenizer", None]})
     export.main([str(tmp_path / "hf"), f"--to={tmp_path / 'run'}"])
     there, ours = (
         transformers.AutoTokenizer.from_pretrained(tmp_path / "hf"),
@@ -379,6 +433,7 @@ def test_the_imported_tokenizer_is_the_one_there(tmp_path):
         assert ours.encode(text) == there(text)["input_ids"], repr(text)
     assert ours.encode_ordinary("<|endoftext|>") != ours.encode("<|endoftext|>") == [ours.eot_token]
     assert there.eos_token_id == ours.eot_token and len(ours.encode("a long text, " * 9)) > 50
+    assert "pad_token" in ours.spec["config"] and "auto_map" not in ours.spec["config"]
 
 
 def test_an_imported_model_is_tagged_probed_sampled_and_trained_on(tmp_path, capsys):
@@ -422,7 +477,6 @@ def test_an_imported_model_is_tagged_probed_sampled_and_trained_on(tmp_path, cap
         "--global_batch_size=4",
         "--batch_size=2",
         "--window=16",
-        "--max_steps=0",
         "--eval_sequences=4",
         "--report=False",
         "--device=cpu",
@@ -433,16 +487,22 @@ def test_an_imported_model_is_tagged_probed_sampled_and_trained_on(tmp_path, cap
         lambda: train.main([*flags, out, "--eval_episodes=0", "--max_steps=2"]),
         "episodes need a tokenizer of prepare.py",
     )
-    train.main([*flags, out, "--eval_episodes=0", "--meta_share=0"])
+    flags += ["--max_steps=0", "--eval_episodes=0", "--meta_share=0"]
+    train.main([*flags, out])
     on = checkpoint.load(tmp_path / "on")
     assert all(torch.equal(p, on["model"][name]) for name, p in checkpoint.load(run)["model"].items())
     assert data.tokenizer_spec(tmp_path / "on") == data.tokenizer_spec(run)
     export.main([str(tmp_path / "on"), f"--to={tmp_path / 'out'}"])  # with its own tokenizer
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert again("The model")["input_ids"] == there("The model")["input_ids"]
+    # Not "every checkpoint is damaged", nor settings that nobody chose; adaptation.py wanted --out=unknown
     refuses(
-        lambda: train.main([*flags, f"--out_dir={run}", "--eval_episodes=0", "--meta_share=0"])
-    )  # to resume
+        lambda: train.main([*flags, f"--out_dir={run}"]),
+        "holds an imported model, no run to resume",
+        f"--init_from={run}",
+    )
+    refuses(lambda: adaptation.main([run]), f"{run} has an imported model's tokenizer")
+    refuses(lambda: adaptation.main([str(tmp_path / "on")]), "on has an imported model's tokenizer")
 
 
 def test_a_tokenizer_that_adds_blanks_is_refused_for_tagging(tmp_path):
@@ -478,12 +538,18 @@ def test_a_tokenizer_that_adds_blanks_is_refused_for_tagging(tmp_path):
         ({"num_hidden_layers": 2}, "not those that its config.json says: model.layers.2."),
         ({"intermediate_size": 96}, "[96, 48]"),
         ({"num_hidden_layers": None}, "lacks num_hidden_layers"),
+        ({"partial_rotary_factor": 0.5}, "partial rotation"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "partial rotation",
+        ),
+        ({"hidden_size": "48"}, "config.json: hidden_size must be int, got '48'"),
+        ({"rope_scaling": [1]}, "rope_scaling is no JSON object"),
     ],
 )
 def test_a_model_that_is_another_is_refused(tmp_path, changes, message):
     save_llama(tmp_path / "hf")
-    path = tmp_path / "hf" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    edit(tmp_path / "hf" / "config.json", **changes)
     refuses(lambda: export.main([str(tmp_path / "hf"), f"--to={tmp_path / 'run'}"]), message)
     assert not (tmp_path / "run").exists()
 
@@ -503,13 +569,39 @@ def test_a_model_without_its_tokenizer_or_weights_is_refused(tmp_path):
     without("tokenizer_config.json", "tokenizer_config.json is missing")
     without("tokenizer_config.json", "names no token that ends a text", content=b"{}")
     without("tokenizer.json", "not one of Hugging Face", content=b'{"name": "gpt2"}')
+    for key, value in (("model", {"type": "Nope"}), ("added_tokens", [{"id": 1}])):
+        content = json.dumps(json.loads((hf / "tokenizer.json").read_text()) | {key: value})
+        without("tokenizer.json", "cannot read the model's tokenizer.json", content=content.encode())
     without("model.safetensors", "model.safetensors is missing")
+    (hf / "model.safetensors.index.json").write_text('{"weight_map": ["model.safetensors"]}')
+    refuses(lambda: export.main([str(hf), out]), "no weight_map of names to files")
+    (hf / "model.safetensors.index.json").unlink()
     without("model.safetensors", "cannot read", "model.safetensors", content=b"x" * 40)
     without("config.json", "no Hugging Face folder (config.json)")
     without("config.json", "cannot read", content=b"{")
     settings = json.loads((hf / "config.json").read_text())
     without("config.json", "ids, the model 500", content=json.dumps(settings | {"vocab_size": 500}).encode())
     export.main([str(hf), out])
+
+
+def test_weights_that_are_pickled_are_refused_with_the_command_that_makes_safetensors_of_them(tmp_path):
+    """Two names of one tensor too, which safetensors does not take."""
+    from safetensors.torch import load_file
+
+    hf = tmp_path / "hf"
+    save_pico(hf)
+    weights = load_file(hf / "model.safetensors")
+    weights["pico_decoder.de_embedding_proj.weight"] = weights["pico_decoder.embedding_proj.weight"]
+    torch.save(weights, hf / "pytorch_model.bin")
+    (hf / "model.safetensors").unlink()
+    with pytest.raises(UserError) as refused:
+        export.main([str(hf), f"--to={tmp_path / 'run'}"])
+    python, flag, code = shlex.split(str(refused.value).split(" with ")[1])
+    assert (python, flag) == ("python", "-c")
+    subprocess.run([sys.executable, flag, code], check=True)
+    export.main([str(hf), f"--to={tmp_path / 'run'}"])
+    model = checkpoint.load(tmp_path / "run")["model"]
+    assert torch.equal(model["lm_head.weight"], weights["pico_decoder.embedding_proj.weight"])
 
 
 def test_folders_that_hold_something_are_left_alone(tmp_path, toy):
