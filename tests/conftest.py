@@ -22,6 +22,11 @@ TOY_VOCAB = 256 + 3000 + 2
 TOY = [str(Path(__file__).with_name("toy_run.py"))]
 
 
+def last_of_each(*flags):
+    """Flags without those that later ones override: a flag given twice is refused."""
+    return list({flag.split("=")[0]: flag for flag in flags}.values())
+
+
 def write_bin(path, tokens):
     header = np.zeros(256, "<i4")
     header[:3] = 20240520, 1, len(tokens)

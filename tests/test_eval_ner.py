@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, TOY_VOCAB, refuses
+from conftest import SHARED, TOY_VOCAB, last_of_each, refuses
 from seqeval.metrics import classification_report, f1_score, precision_score, recall_score
 from seqeval.scheme import IOB2
 
@@ -89,7 +89,8 @@ def read_results(run):
 
 def evaluate(run, treebanks, *flags):
     """Runs eval_ner.py on the CPU in float32; all results that ner.jsonl then holds."""
-    eval_ner.main([str(run), f"--data={treebanks}", "--device=cpu", "--dtype=float32", "--lr=3e-3", *flags])
+    flags = last_of_each("--device=cpu", "--dtype=float32", "--lr=3e-3", *flags)
+    eval_ner.main([str(run), f"--data={treebanks}", *flags])
     return read_results(run)
 
 
@@ -658,7 +659,7 @@ def test_a_checkpoint_file_can_be_named(run, treebanks):
     [
         (["--train=en_pud"], "en_pud has no train split, only test; those with one are da_ddt"),
         (["--train=da_dtd"], "'da_dtd' is not a treebank of Universal NER; did you mean da_ddt?"),
-        (["--train="], "no treebank named"),
+        (["--train=,"], "no treebank named"),
         (["--train=one:test", "--test=one"], "one-ud-test.iob2 would be used twice"),
         (["--test=one:dev"], "one-ud-dev.iob2 would be used twice (to train, choose the epoch or score)"),
         (["--train=one,one:dev"], "one-ud-dev.iob2 would be used twice"),
@@ -671,7 +672,7 @@ def test_a_checkpoint_file_can_be_named(run, treebanks):
         (["--shots=8,x"], "shots must be numbers of sentences, comma-separated, got '8,x'"),
         (["--shots=-1"], "shots must be numbers of sentences, comma-separated, got '-1'"),
         (["--shots=8,,32"], "shots must be numbers of sentences, comma-separated, got '8,,32'"),
-        (["--shots="], "shots must be numbers of sentences, comma-separated, got ''"),
+        (["--shots="], "shots must not be empty"),
         (["--lr=0"], "lr must be positive, got 0.0"),
         (["--epoch=3"], "unknown key 'epoch' in the flags; did you mean 'epochs'?"),
         (["more"], "name one checkpoint or one run's folder, for instance out/demo; got 2"),
