@@ -39,6 +39,9 @@ from model import Decoder, ModelConfig
 from progress import Progress, checkpoint_state, data_digests, require_same_step, resume, what_ranks_share
 from schedule import Schedule, read_ahead
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 @dataclass(frozen=True)
 class Config(ModelConfig):
@@ -757,6 +760,4 @@ def train(cfg, schedule, device, dtype, lock):
 
 
 if __name__ == "__main__":
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.run(main)
