@@ -42,6 +42,8 @@ def run(main):
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
+        if "RANK" in os.environ:  # of torchrun; its threads may need the interpreter that ends, and abort
+            os._exit(0)
     except UserError as error:
         is_machine = getattr(error.__context__, "errno", None) in MACHINE_ERRNOS
         fail(error, 1 if is_machine else error.code)

@@ -6,6 +6,7 @@
 train.py, eval_ner.py and bench.py share it.
 """
 import errno
+import gc
 import os
 import re
 import signal
@@ -134,7 +135,9 @@ def ranks(device):
             print(last_words(error, rank, world), end="", file=sys.stderr, flush=True)
         os._exit(1)  # threads of the group may wait for a dead rank, or for the interpreter that ends
     # Gloo's threads need the GIL to drop their last tensors. It is let go of here, while they are joined. As
-    # long as DDP was the last to hold the group, it was not: a run hung at its end, or was aborted.
+    # long as DDP was the last to hold the group, it was not: a run hung at its end, or was aborted. DDP's
+    # references make a cycle, so only a collection frees it.
+    gc.collect()
     dist.destroy_process_group()
 
 

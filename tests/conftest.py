@@ -64,11 +64,6 @@ def seed():
     torch.manual_seed(0)
 
 
-def last_of_each(*flags):
-    """A flag given twice is refused."""
-    return list({flag.split("=")[0]: flag for flag in flags}.values())
-
-
 def refuses(call, *says):
     """`call` ends in a UserError of one line that holds all of `says`."""
     with pytest.raises(UserError) as error:

@@ -45,10 +45,10 @@ def test_two_thousand_updates_take_no_more_memory_and_no_more_files(toy, tmp_pat
 def test_counters_are_exact_where_floats_would_round(tmp_path):
     """2^53 + 1 is no float. Seven days of eight GPUs count 10^21 FLOPs, more than 64 bits hold."""
     progress = Progress(tokens=2**53, flops=2**53)
-    progress.count("lm", 1, 1, 2**70, 0.0)
-    progress.count("lm", 1, 0, 1, 0.0)
+    progress.count("lm", 1, 1, 2**70)
+    progress.count("lm", 1, 0, 1)
     progress.add_seconds(1.0)
-    logs.append(tmp_path / "log.jsonl", {"tokens": progress.tokens} | progress.interval_metrics(1e12))
+    logs.append(tmp_path / "log.jsonl", progress.axes() | progress.interval_metrics(1e12))
     line = json.loads((tmp_path / "log.jsonl").read_text())
     assert (line["tokens"], line["flops"]) == (2**53 + 1, 2**70 + 2**53 + 1)
     state = {"step": 1, "model": {}, "config": {}, **vars(progress)}

@@ -133,9 +133,11 @@ def test_a_second_job_in_the_same_folder_is_refused(forks, toy, tmp_path):
 
 def test_the_group_is_gone_before_the_run_ends(forks, toy, tmp_path):
     """Gloo's threads wait for the GIL, which DDP held while it joined them: at the end of a finished run
-    that was started again, a rank hung or was aborted. When main is about to end, none is left.
+    that was started again, a rank hung or was aborted. When main is about to end, none is left, also where
+    no garbage collection happened to come by.
     """
-    patch = """import os, train
+    patch = """import gc, os, train
+gc.disable()
 def write_report(out_dir):
     print([open(f"/proc/self/task/{t}/comm").read() for t in os.listdir("/proc/self/task")])
 train.write_report = write_report"""

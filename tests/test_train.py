@@ -369,6 +369,8 @@ class Learner(train.Learner):
 train.Learner = Learner
 train.main(sys.argv[1:])
 torch.save(made.state_dict(), {out!r} + os.environ["RANK"] + ".pt")
+sys.stdout.flush()
+os._exit(0)  # as config.run does
 """
 
 
