@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from config import MachineError, UserError
+from config import UserError
 from model import Decoder, ModelConfig
 
 NAME = r"ckpt_\d+\.pt"
@@ -73,7 +73,7 @@ def save(out_dir, state, keep, keep_every=0):
         while not isinstance(cause, OSError) and cause.__context__ is not None:
             cause = cause.__context__
         reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
-        raise MachineError(f"cannot write checkpoint {path}: {reason}") from None
+        raise UserError(f"cannot write checkpoint {path}: {reason}", 1) from None
     checked[path] = stamp(path), True
     with suppress(OSError, AttributeError):  # the rename should reach the disk too; Windows cannot
         folder = os.open(out_dir, os.O_DIRECTORY)

@@ -19,22 +19,23 @@ import time
 import types
 import typing
 
-
-class UserError(Exception):
-    """Bad input, explained in one line: `run` prints it without a traceback and exits with 2."""
-
-    code = 2
-
-
-class MachineError(UserError):
-    """A failure that no other input would mend, such as a full disk: `run` exits with 1."""
-
-    code = 1
-
-
 # OSErrors that are no mistake of the user: a full or broken disk, no memory, a network that went away.
 MACHINE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ENOMEM, errno.EMFILE,
                   errno.ENFILE, errno.ESTALE}
+
+
+class UserError(Exception):
+    """What went wrong, in one line: `run` prints it without a traceback and exits with `code`.
+
+    code: 2 for a mistake in what was given; 1 for a failure of the machine, such as a full disk. Without it,
+    the exception that is being handled decides.
+    """
+
+    def __init__(self, message, code=None):
+        super().__init__(message)
+        cause = sys.exception()
+        is_machine = getattr(cause, "errno", None) in MACHINE_ERRNOS
+        self.code = code or (cause.code if isinstance(cause, UserError) else 1 if is_machine else 2)
 
 
 def run(main):
@@ -45,8 +46,7 @@ def run(main):
         if "RANK" in os.environ:  # of torchrun; its threads may need the interpreter that ends, and abort
             os._exit(0)
     except UserError as error:
-        is_machine = getattr(error.__context__, "errno", None) in MACHINE_ERRNOS
-        fail(error, 1 if is_machine else error.code)
+        fail(error, error.code)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of the output went away

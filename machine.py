@@ -133,7 +133,8 @@ def ranks(device):
         with suppress(OSError):
             sys.stdout.flush()
             print(last_words(error, rank, world), end="", file=sys.stderr, flush=True)
-        os._exit(1)  # threads of the group may wait for a dead rank, or for the interpreter that ends
+        # Threads of the group may wait for a dead rank, or for the interpreter that ends.
+        os._exit(error.code if isinstance(error, UserError) else 1)
     # Gloo's threads need the GIL to drop their last tensors. It is let go of here, while they are joined. As
     # long as DDP was the last to hold the group, it was not: a run hung at its end, or was aborted. DDP's
     # references make a cycle, so only a collection frees it.
@@ -200,16 +201,16 @@ def require_same_on_ranks(facts):
 def on_first_rank(call):
     """Calls it on rank 0 alone; its UserError is raised on all ranks."""
     rank, world = rank_and_world()
-    message = [None]
+    error = [None, 0]
     if rank == 0:
         try:
             call()
-        except UserError as error:
-            message = [str(error)]
+        except UserError as raised:
+            error = [str(raised), raised.code]
     if world > 1:
-        dist.broadcast_object_list(message)
-    if message[0] is not None:
-        raise UserError(message[0])
+        dist.broadcast_object_list(error)
+    if error[0] is not None:
+        raise UserError(*error)
 
 
 def any_rank(flag):

@@ -195,11 +195,18 @@ def resume(cfg, corpus, digests, learner, optimizers):
                     if of_p[name].shape != p.shape:
                         raise ValueError(f"{name} of shape {tuple(of_p[name].shape)} for a parameter of "
                                          f"{tuple(p.shape)}")
+            if len({frozenset(of_p) for of_p in optimizer.state.values()}) > 1:
+                raise ValueError("the optimizer keeps other values of some parameters than of others")
+        progress = Progress(**{f.name: state[f.name] for f in fields(Progress) if f.name in state})
+        for name, blank in vars(Progress()).items():
+            if type(getattr(progress, name)) is not type(blank):
+                raise TypeError(f"{name} is of type {type(getattr(progress, name)).__name__}, not "
+                                f"{type(blank).__name__}")
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{cfg.out_dir} holds a run with other parameters ({reason}): take another --out_dir"
                         ) from None
-    return Progress(**{f.name: state[f.name] for f in fields(Progress) if f.name in state}), saved_cfg
+    return progress, saved_cfg
 
 
 def require_same_step(progress, world, out_dir):

@@ -155,6 +155,8 @@ class Config(ModelConfig):
             (4 * eval_windows * d, "eval_episodes", "eval_ways", "eval_shots", "eval_queries"),
         ):
             config.require_fits(self, size, *keys)
+        for key in ("n_layers", "head_layers"):
+            config.require(getattr(self, key) <= 1000, f"{key} = {getattr(self, key)} is above 1000")
 
     def check_episodes(self):
         config.require_at_least(self, 1, "meta_blocks", "shots", "queries", "episodes", "head_layers",
@@ -605,20 +607,19 @@ def write_report(out_dir):
 def main(argv):
     cfg = config.load(Config, argv, __doc__)
     device, dtype = machine.pick_device(cfg.device, cfg.dtype)
-    schedule = Schedule(cfg, machine.rank_and_world()[1])
     torch.backends.cuda.matmul.allow_tf32 = True
     with logs.lasting_console(), ExitStack() as lock:  # held by rank 0 until the report is written
         with machine.ranks(device):
-            is_finished = train(cfg, schedule, device, dtype, lock)
+            is_finished = train(cfg, device, dtype, lock)
         if is_finished and cfg.report and machine.rank_and_world()[0] == 0:
             write_report(Path(cfg.out_dir))
 
 
-def train(cfg, schedule, device, dtype, lock):
+def train(cfg, device, dtype, lock):
     """Trains until max_steps or a signal: whether it has finished the run. lock: an ExitStack."""
     # The data, and what each micro-step reads
     rank, world = machine.rank_and_world()
-    out_dir = Path(cfg.out_dir)
+    schedule, out_dir = Schedule(cfg, world), Path(cfg.out_dir)
     print0 = print if rank == 0 else lambda *args, **kwargs: None
     print0(f"machine   {machine.describe(device, dtype)}", flush=True)
     machine.require_same_on_ranks(what_ranks_share(cfg))
@@ -662,7 +663,7 @@ def train(cfg, schedule, device, dtype, lock):
 
     # A run that was killed after a checkpoint and before the line of the probe there measures that again.
     is_probe_lost = (rank == 0 and resumed_at is not None and cfg.probe_every > 0
-                     and resumed_at % cfg.probe_every == 0
+                     and (resumed_at % cfg.probe_every == 0 or resumed_at == cfg.max_steps)
                      and not probes.has_line(out_dir / "probes.jsonl", resumed_at))
     updates = read_ahead(schedule, sources, rank, device, progress.step)
     validation_metrics, last_probe = {}, {}
@@ -747,16 +748,19 @@ def train(cfg, schedule, device, dtype, lock):
 
     updates.close()
     if failure:
-        raise type(failure)(f"{failure}; mend that, and the same command resumes from step {saved_at or 0}")
+        raise UserError(f"{failure}; mend that, and the same command resumes from step {saved_at or 0}",
+                        failure.code)
     if not is_last:
-        again = "resumes from there" if saved_at == progress.step else f"goes on from step {saved_at or 0}"
+        again = (f"resumes from step {saved_at}" if saved_at is not None else
+                 "starts again once log.jsonl is removed, since there is no checkpoint")
         print0(f"stopped   at step {progress.step}; the same command {again}")
     elif rank == 0 and progress.step != resumed_at:
         print_results(cfg, corpus, learner, tokenizer, device, validation_metrics)
-    print0(f"files     {out_dir}: ckpt_{saved_at or 0:06d}.pt (checkpoint), log.jsonl (losses), probes.jsonl "
-           "(effective ranks, attention entropies)", flush=True)
+    saved = "no checkpoint" if saved_at is None else f"ckpt_{saved_at:06d}.pt (checkpoint)"
+    print0(f"files     {out_dir}: {saved}, log.jsonl (losses), probes.jsonl (effective ranks, attention "
+           "entropies)", flush=True)
     log.finish()
-    return is_last and progress.step != resumed_at
+    return is_last and (progress.step != resumed_at or not (out_dir / "report.md").exists())
 
 
 if __name__ == "__main__":

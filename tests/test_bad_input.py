@@ -21,7 +21,7 @@ import prepare
 import probes
 import report
 import train
-from config import MachineError, UserError
+from config import UserError
 from model import Decoder, ModelConfig
 
 ROOT = Path(train.__file__).parent
@@ -282,7 +282,7 @@ def ends(error):
     [
         (lambda argv: full_disk(), 1, "No space left on device: 'out/log.jsonl'"),
         (lambda argv: wrapped(), 1, "cannot write out/log.jsonl: No space left on device"),
-        (ends(MachineError("rank 3 is gone")), 1, "rank 3 is gone"),
+        (ends(UserError("rank 3 is gone", 1)), 1, "rank 3 is gone"),
         (ends(torch.OutOfMemoryError("CUDA out of memory. Tried\nto allocate")), 1, "Tried to allocate"),
         (ends(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")), 1, "can't allocate"),
         (ends(MemoryError()), 1, "MemoryError"),

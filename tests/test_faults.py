@@ -122,7 +122,9 @@ def test_a_full_disk_at_a_line_of_a_log(toy, tmp_path, whole, monkeypatch, name,
     calls = []
     fill_disk(monkeypatch, logs, lambda opened: opened == name and calls.append(name) is None
               and len(calls) >= call)
-    refuses(lambda: run(toy, tmp_path), f"cannot write {tmp_path}/{name}: No space left on device")
+    with pytest.raises(UserError, match="No space left on device") as error:
+        run(toy, tmp_path)
+    assert f"cannot write {tmp_path}/{name}: " in str(error.value) and error.value.code == 1
     step = checkpoint.newest(tmp_path)["step"]
     assert 5 <= step < 10
     monkeypatch.undo()

@@ -41,7 +41,7 @@ def ends(forks, flags, world, deaths=(), kill_all=False):
 
 def kill_again_and_again(toy, tmp_path, world, kills):
     """Moments are drawn anywhere in the run, in the writing of a checkpoint and in that of a log line."""
-    flags = [*TOY, f"--data={toy}", "--max_steps=24", "--checkpoint_every=3", "--probe_every=4"]
+    flags = [*TOY, f"--data={toy}", "--max_steps=24", "--checkpoint_every=3", "--probe_every=5"]
     rng, killed, folders, is_running = random.Random(world), 0, 0, False
     with Forks() as forks:
         whole = ends(forks, [*flags, f"--out_dir={tmp_path / 'whole'}"], world)

@@ -8,7 +8,7 @@ from contextlib import closing
 
 import pytest
 import torch
-from conftest import TOY, TOY_VOCAB, refuses
+from conftest import TOY, TOY_VOCAB, last_of_each, refuses
 
 import checkpoint
 import data
@@ -257,6 +257,18 @@ def test_a_probe_lost_between_its_checkpoint_and_its_line_is_measured_again(toy,
         assert lines_of(tmp_path) == whole
     train.main(flags_of(toy, tmp_path))  # finished
     assert lines_of(tmp_path) == whole
+
+
+def test_the_last_probe_and_the_report_outlive_a_kill_after_the_last_checkpoint(toy, tmp_path):
+    """They were lost for good where probe_every does not divide max_steps: the run counted as finished."""
+    flags = last_of_each(*flags_of(toy, tmp_path), "--max_steps=5", "--report=True", "--eval_every=5")
+    train.main(flags)
+    whole = lines_of(tmp_path)
+    assert [line["step"] for line in whole] == [0, 2, 4, 5]
+    (tmp_path / "probes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in whole[:-1]))
+    (tmp_path / "report.md").unlink()
+    train.main(flags)
+    assert lines_of(tmp_path) == whole and (tmp_path / "report.md").exists()
 
 
 def test_no_checkpoint_goes_past_a_probe_that_is_not_on_disk(toy, tmp_path, monkeypatch):

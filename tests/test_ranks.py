@@ -73,7 +73,9 @@ def test_a_rank_that_dies_ends_the_others_which_name_it(forks, toy, tmp_path):
     """The other's line was a traceback of gloo."""
     die = "import os, train; train.loss_weights = lambda cfg, step: os.kill(os.getpid(), 9)"
     flags = [f"--data={toy}", f"--out_dir={tmp_path}"]
+    start = time.monotonic()
     survivor, dead = run(forks, flags, patches={0: "import machine; machine.LAST_WORDS = 1", 1: die})
+    assert time.monotonic() - start < 120, "a collective alone would wait for ten minutes"
     assert dead[0] == -signal.SIGKILL
     assert errors([survivor]) == ["error: rank 1 has ended (without a word: killed, hanging, or its machine "
                                   "is gone), so all do; the same command resumes from the newest checkpoint"]

@@ -403,9 +403,7 @@ def test_two_ranks_are_bit_identical_and_equal_one_process_with_twice_the_micro_
     one, lines = run(toy, tmp_path / "one", *flags, "--compile=False")
     single = {f"decoder.{name}": p for name, p in one["model"].items()} | one["learner"]
     assert single.keys() == a.keys()
-    for (
-        name
-    ) in a:  # Adam turns gradients that are zero but for rounding into whole steps, so compare the bulk
+    for name in a:  # Adam turns gradients that are zero but for rounding into whole steps: compare the bulk
         assert torch.linalg.norm(a[name] - single[name]) < 1e-3 * torch.linalg.norm(single[name]) + 1e-6, name
     for x, y in zip(lines, log(tmp_path / "two"), strict=True):
         assert x.keys() == y.keys() and all(
