@@ -3,6 +3,7 @@
 import base64
 import json
 import random
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,11 @@ import config
 import prepare
 import train
 from config import UserError
+
+# A suite that is started in the background, or under nohup, has these ignored, and so would have its children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TOY_VOCAB = 256 + 3000 + 2

@@ -603,7 +603,7 @@ def test_memory_does_not_grow_with_the_input(tmp_path, monkeypatch):
         prepare.prepare(prepare.Config(out=str(tmp_path / str(documents)), **options))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] < 1.3 * peaks[0], peaks
+    assert peaks[1] < peaks[0] + 1e6, "the second has 1.9 MB more of text, 3.8 MB of tokens"
 
 
 def test_a_trailing_slash_of_the_folder_changes_nothing(tmp_path, monkeypatch):
