@@ -16,7 +16,7 @@ import prepare
 import train
 from config import UserError
 
-# A suite that is started in the background, or under nohup, has these ignored, and so would have its children.
+# A suite that is started in the background, or under nohup, has these ignored, and so would its children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
