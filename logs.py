@@ -19,6 +19,7 @@ import numpy as np
 from config import UserError
 
 WANDB_MODES = ("disabled", "offline", "online")
+AXES = ("step", "tokens", "flops", "seconds")  # in every line of a run; wandb draws over the first
 
 
 def finite(line):
@@ -201,7 +202,6 @@ def training_line(progress, line):
 # ---- Weights & Biases ----
 
 
-AXES = ("step", "tokens", "flops", "seconds")  # of a run's lines; the first is what panels are drawn over
 HEAD = re.compile(r"(.+/\d\d+)/\d\d+")  # <what>/<layer>/<head>
 
 

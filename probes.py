@@ -161,12 +161,6 @@ class Spectra:
         self.pool.shutdown(cancel_futures=True)
 
 
-def has_line(path, step):
-    """Whether probes.jsonl holds the probe of `step`."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return any(json.loads(line)["step"] == step for line in lines)
-
-
 def main(argv):
     given, flags = config.operands(argv)
     folder = config.load(Config, flags, __doc__).data

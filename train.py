@@ -664,7 +664,7 @@ def train(cfg, device, dtype, lock):
     # A run that was killed after a checkpoint and before the line of the probe there measures that again.
     is_probe_lost = (rank == 0 and resumed_at is not None and cfg.probe_every > 0
                      and (resumed_at % cfg.probe_every == 0 or resumed_at == cfg.max_steps)
-                     and not probes.has_line(out_dir / "probes.jsonl", resumed_at))
+                     and resumed_at not in dict(logs.read_steps(out_dir / "probes.jsonl")))
     updates = read_ahead(schedule, sources, rank, device, progress.step)
     validation_metrics, last_probe = {}, {}
     failure, saved_at, look = None, resumed_at, True
@@ -747,12 +747,11 @@ def train(cfg, device, dtype, lock):
             look = require_finite(cfg, progress, look)
 
     updates.close()
-    if failure:
-        raise UserError(f"{failure}; mend that, and the same command resumes from step {saved_at or 0}",
-                        failure.code)
+    again = (f"resumes from step {saved_at}" if saved_at is not None else
+             "starts again once log.jsonl is removed, since there is no checkpoint")
+    if failure := failure or log.failure:  # the last lines too
+        raise UserError(f"{failure}; mend that, and the same command {again}", failure.code)
     if not is_last:
-        again = (f"resumes from step {saved_at}" if saved_at is not None else
-                 "starts again once log.jsonl is removed, since there is no checkpoint")
         print0(f"stopped   at step {progress.step}; the same command {again}")
     elif rank == 0 and progress.step != resumed_at:
         print_results(cfg, corpus, learner, tokenizer, device, validation_metrics)

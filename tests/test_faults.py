@@ -114,19 +114,23 @@ def test_a_full_disk_at_a_checkpoint(toy, tmp_path, whole, monkeypatch, capsys):
     assert equals(tmp_path, whole)
 
 
-@pytest.mark.parametrize("name, call", [("log.jsonl", 6), ("log.jsonl", 7), ("probes.jsonl", 2)])
-def test_a_full_disk_at_a_line_of_a_log(toy, tmp_path, whole, monkeypatch, name, call):
+@pytest.mark.parametrize("name, call, steps", [
+    ("log.jsonl", 6, range(5, 10)), ("log.jsonl", 7, range(5, 10)), ("probes.jsonl", 2, range(5, 10)),
+    ("probes.jsonl", 3, [10])])
+def test_a_full_disk_at_a_line_of_a_log(toy, tmp_path, whole, monkeypatch, name, call, steps):
     """It was a traceback, without a checkpoint. Now the run stops as on a signal, and the line is written
-    when it goes on.
+    when it goes on. At the very last line the run ended with "done" and 0.
     """
-    calls = []
+    calls, finished = [], probes.Spectra.finished
+    if steps == [10]:  # spectra are held back until the loop waits for them
+        monkeypatch.setattr(probes.Spectra, "finished", lambda self, through=-1: (
+            finished(self, through) if self.pending and self.pending[0]["step"] <= through else ()))
     fill_disk(monkeypatch, logs, lambda opened: opened == name and calls.append(name) is None
               and len(calls) >= call)
     with pytest.raises(UserError, match="No space left on device") as error:
         run(toy, tmp_path)
     assert f"cannot write {tmp_path}/{name}: " in str(error.value) and error.value.code == 1
-    step = checkpoint.newest(tmp_path)["step"]
-    assert 5 <= step < 10
+    assert checkpoint.newest(tmp_path)["step"] in steps
     monkeypatch.undo()
     run(toy, tmp_path)
     assert equals(tmp_path, whole)
