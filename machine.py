@@ -136,8 +136,8 @@ def ranks(device):
         # Threads of the group may wait for a dead rank, or for the interpreter that ends.
         os._exit(error.code if isinstance(error, UserError) else 1)
     # Gloo's threads need the GIL to drop their last tensors. It is let go of here, while they are joined. As
-    # long as DDP was the last to hold the group, it was not: a run hung at its end, or was aborted. DDP's
-    # references make a cycle, so only a collection frees it.
+    # long as DDP was the last to hold the group, it was not: a run hung at its end, or was aborted. Where DDP
+    # is part of a cycle, only a collection frees it.
     gc.collect()
     dist.destroy_process_group()
 

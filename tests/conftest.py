@@ -3,6 +3,7 @@
 import base64
 import json
 import random
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoint
 import config
 import prepare
 import train
 from config import UserError
+from model import Decoder
 
 # A suite that is started in the background, or under nohup, has these ignored, and so would its children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -26,6 +29,15 @@ TOY_VOCAB = 256 + 3000 + 2
 
 # What a run of seconds on the toy corpus is started with. A file, so that flags may override it.
 TOY = [str(Path(__file__).with_name("toy_run.py"))]
+
+
+def random_run(toy, folder, cfg):
+    """Makes a run's folder with one checkpoint, of a random model (ModelConfig) with the toy's tokenizer."""
+    folder.mkdir()
+    decoder = Decoder(cfg, torch.Generator().manual_seed(1))
+    checkpoint.save(folder, {"step": 7, "model": decoder.state_dict(), "config": vars(cfg)}, keep=1)
+    shutil.copy(toy / "tokenizer.json", folder)
+    return folder
 
 
 def last_of_each(*flags):

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, TOY_VOCAB, last_of_each, refuses
+from conftest import SHARED, TOY_VOCAB, last_of_each, random_run, refuses
 from seqeval.metrics import classification_report, f1_score, precision_score, recall_score
 from seqeval.scheme import IOB2
 
@@ -75,12 +75,7 @@ def treebanks(tmp_path_factory, toy):
 @pytest.fixture
 def run(toy, tmp_path):
     """A run's folder with a checkpoint of a small random model."""
-    out = tmp_path / "run"
-    out.mkdir()
-    decoder = Decoder(MODEL, torch.Generator().manual_seed(1))
-    checkpoint.save(out, {"step": 7, "model": decoder.state_dict(), "config": vars(MODEL)}, keep=1)
-    (out / "tokenizer.json").write_text((toy / "tokenizer.json").read_text())
-    return out
+    return random_run(toy, tmp_path / "run", MODEL)
 
 
 def read_results(run):

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import threading
+from concurrent.futures import Future
 from contextlib import closing
 
 import pytest
@@ -216,6 +217,11 @@ def test_ranks_of_gram_matrices_are_those_of_the_matrices_bit_for_bit():
             decoder.model.layers[0].mlp.down_proj.weight.zero_()  # training goes on
         assert list(spectra.finished(7)) == [{"step": 7, "tokens": 9} | expected]
         assert list(spectra.finished(99)) == []
+        spectra.add({"step": 8} | grams)
+        for value in spectra.pending[0].values():
+            if isinstance(value, Future):
+                value.result()
+        assert [line["step"] for line in spectra.finished()] == [8], "what is done is not waited for"
 
 
 def test_training_goes_on_while_spectra_are_computed(toy, tmp_path, monkeypatch):

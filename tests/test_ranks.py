@@ -136,16 +136,25 @@ def test_a_second_job_in_the_same_folder_is_refused(forks, toy, tmp_path):
 def test_the_group_is_gone_before_the_run_ends(forks, toy, tmp_path):
     """Gloo's threads wait for the GIL, which DDP held while it joined them: at the end of a finished run
     that was started again, a rank hung or was aborted. When main is about to end, none is left, also where
-    no garbage collection happened to come by.
+    DDP is part of a cycle that no garbage collection happened to come by; and the interpreter is not
+    finalized, which is where a thread that is left would abort.
     """
-    patch = """import gc, os, train
+    patch = """import atexit, gc, os, train
 gc.disable()
+atexit.register(print, "finalized", flush=True)
+real = train.wrap_for_ranks
+def wrap_for_ranks(*args):
+    model = real(*args)
+    model.cycle = [model]
+    return model
+train.wrap_for_ranks = wrap_for_ranks
 def write_report(out_dir):
     print([open(f"/proc/self/task/{t}/comm").read() for t in os.listdir("/proc/self/task")])
 train.write_report = write_report"""
     flags = [f"--data={toy}", f"--out_dir={tmp_path}", "--max_steps=2", "--report=True"]
     (code, output), _ = run(forks, flags, patches={0: patch})
     assert code == 0 and "python" in output and "gloo_runloop" not in output, output
+    assert "finalized" not in output
 
 
 def test_a_run_resumed_over_one_two_and_four_ranks_equals_one_left_alone(forks, toy, tmp_path):

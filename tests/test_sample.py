@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TOY_VOCAB, refuses
+from conftest import TOY_VOCAB, random_run, refuses
 
 import checkpoint
 import data
@@ -19,12 +19,7 @@ END = TOY_VOCAB - 2
 
 @pytest.fixture
 def run(toy, tmp_path):
-    out = tmp_path / "run"
-    out.mkdir()
-    decoder = Decoder(MODEL, torch.Generator().manual_seed(1))
-    checkpoint.save(out, {"step": 7, "model": decoder.state_dict(), "config": vars(MODEL)}, keep=1)
-    data.save_tokenizer(data.load_tokenizer(toy), out)
-    return str(out)
+    return str(random_run(toy, tmp_path / "run", MODEL))
 
 
 @pytest.fixture

@@ -296,6 +296,16 @@ def test_a_resume_amid_a_logging_interval_logs_the_same(toy, tmp_path):
     assert run(toy, tmp_path, *flags)[1] == lines
 
 
+def test_waiting_for_data_is_part_of_the_time_of_training(toy, tmp_path, monkeypatch):
+    """Rates and `seconds` would leave out what a slow disk costs, and data_wait would exceed 1."""
+    real = train.read_ahead
+    monkeypatch.setattr(train, "read_ahead", lambda *args: ((steps, 100.0) for steps, _ in real(*args)))
+    run(toy, tmp_path, "--max_steps=3")
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines() if '"lr"' in line]
+    assert [line["seconds"] // 100 for line in lines] == [1, 2, 3]
+    assert all(0.5 < line["data_wait"] < 1 for line in lines)
+
+
 def test_a_finished_run_is_left_alone(toy, tmp_path, whole, capsys):
     out_dir = whole[2]
     before = {path.name: path.read_bytes() for path in out_dir.iterdir()}
