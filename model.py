@@ -90,7 +90,14 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
         causal = visible is None and q.shape[2] > 1  # one position alone is the last, and sees all
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal, enable_gqa=True)
+        # PyTorch's CPU kernel is slow in bfloat16 on short sequences, backward above all (docs/speed.md).
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= 256:
+            kernel, dtype = torch.autocast("cpu", enabled=False), torch.float32
+        else:
+            kernel, dtype = nullcontext(), q.dtype
+        with kernel:
+            y = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), attn_mask=visible,
+                                               is_causal=causal, enable_gqa=True).to(v.dtype)
         return self.o_proj(y.transpose(1, 2).flatten(-2))  # (B, H, T or 1, C) -> (B, T or 1, D)
 
 

@@ -118,6 +118,25 @@ def test_the_loss_in_bfloat16_is_that_of_bfloat16_logits_in_float32(compiled, mo
         ) + 1e-4 * torch.linalg.norm(c)
 
 
+@pytest.mark.parametrize("length, dtype", [(64, torch.float32), (300, torch.bfloat16)])
+def test_short_attention_in_bfloat16_runs_the_float32_kernel_on_a_cpu(length, dtype, monkeypatch):
+    """The demo spent a third of its time in the bfloat16 kernel's backward pass, slow on short sequences."""
+    seen, kernel = [], F.scaled_dot_product_attention
+
+    def spy(q, k, v, **options):
+        seen.append((q.dtype, torch.is_autocast_enabled("cpu")))
+        return kernel(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    decoder, ids = sharp(replace(SMALL, context=300)), torch.randint(0, 211, (2, length))
+    exact = torch.autograd.grad(decoder(ids, ids), decoder.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = decoder(ids, ids)
+    assert set(seen[3:]) == {(dtype, dtype == torch.bfloat16)}  # autocast would cast the inputs back
+    for a, b in zip(torch.autograd.grad(loss, decoder.parameters()), exact):
+        assert a.dtype == torch.float32 and torch.linalg.norm(a - b) < 0.1 * torch.linalg.norm(b)
+
+
 def test_logits_equal_transformers_with_the_same_state_dict():
     transformers = pytest.importorskip("transformers", reason="comes with requirements-dev.txt")
     decoder = sharp(replace(SMALL, rope_theta=500.0, norm_eps=1e-5))
