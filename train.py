@@ -171,8 +171,6 @@ class Config(ModelConfig):
                            f"be head, got {self.adapt!r}")
             config.require(self.read_out == "context",
                            "episodes_from = batch reads plain text: set read_out = context")
-            config.require(self.first_order, "episodes_from = batch reads the support without gradient: "
-                           "set first_order = True")
             config.require(self.head_start == "zero", "episodes_from = batch has episodes of fewer ways, "
                            f"which only head_start = zero can do, got {self.head_start!r}")
             config.require(not self.query_lm, "query_lm is for episodes_from = windows: with batch, every "

@@ -90,7 +90,6 @@ def test_a_wrong_file_is_told_in_one_line(tmp_path, text, says):
         (["--episodes_from=batch"], "episodes_from = batch reads plain text: set read_out = context"),
         (["--episodes_from=batch", "--adapt=all"], "adapt must be head, got 'all'"),
         (["--episodes_from=batch", "--read_out=context", "--head_start=random"], "only head_start = zero"),
-        (["--episodes_from=batch", "--read_out=context", "--first_order=False"], "set first_order = True"),
         (["--meta_decay=5"], "meta_decay must lie in [0, 1], got 5.0"),
         (["--query_lm", "--adapt=all"], "query_lm needs adapt = head, got 'all'"),
         (["--read_out=word"], "read_out must be one of mask, context, got 'word'"),

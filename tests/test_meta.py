@@ -330,6 +330,19 @@ def test_joint_gradients_equal_the_reference(layers, steps):
     assert metrics["train/loss"] == losses["lm"] and metrics["meta/ways"] == N
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_joint_episodes_in_second_order_pass_gradcheck(layers):
+    """The support lies in the pass that has a gradient anyway; through two inner steps, in float64."""
+    module = learner(layers=layers, inner_steps=2, first_order=False).double()
+    data, names = joint_batch(), ["decoder.model.norm.weight", "decoder.model.layers.0.mlp.up_proj.weight"]
+    params = [module.get_parameter(name).detach().clone().requires_grad_() for name in names]
+    assert torch.autograd.gradcheck(
+        lambda *p: torch.func.functional_call(module, dict(zip(names, p)), ("joint", data))[0]["meta"],
+        params,
+        fast_mode=True,
+    )
+
+
 def test_the_lm_loss_of_query_windows_adds_to_what_the_episodes_give():
     """The query loss and its gradient as without it, plus those of a plain LM loss on the query windows."""
     with_lm, plain, data = learner(query_lm=True).double(), learner().double(), batch(2)
