@@ -1,0 +1,280 @@
+"""The commands of README.md that are still to do, one a line: run.sh hands them to the cores.
+
+    python results/plan.py search              # variants at a sixth of the length, to choose one
+    python results/plan.py runs --quick        # --quick: a tenth as long, one seed, in out/quick
+    python results/plan.py measure             # checkpoints on other text, and by other inner rates
+    python results/plan.py ner data/uner
+
+A run has as many FLOPs as vanilla training in 2,442 updates of 4,096 tokens.
+"""
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import config  # noqa: E402
+import data  # noqa: E402
+import train  # noqa: E402
+from schedule import Schedule  # noqa: E402
+
+FILES = ["configs/demo.py", "results/long.py"]
+STEPS, SEARCH_STEPS = 2442, 407
+SEEDS = (1, 2, 3)
+RATES = (0.03, 0.1, 0.3)  # of the inner loop, at which adaptation is measured again
+
+
+# ---- equal FLOPs ----
+
+
+def micro_step_flops(cfg):
+    """{kind: FLOPs of a micro-step}, by the count that log.jsonl has."""
+    learner = train.build_learner(cfg, torch.float32)
+
+    def ids(*shape):
+        return torch.empty(shape, dtype=torch.long)
+
+    E, N, K, Q, W = cfg.episodes, cfg.ways, cfg.shots, cfg.queries, cfg.window
+    text = ids(cfg.batch_size, cfg.context), ids(cfg.batch_size, cfg.context)
+    batches = {"lm": data.LMBatch(*text),
+               "episodes": data.EpisodeBatch(ids(E, N, K, W), ids(E, N, Q, W), ids(E, N), ids(E, N, Q, W)),
+               "joint": data.JointBatch(*text, ids(E, N, K), ids(E, N, Q), ids(E, N))}
+    return {kind: learner.flops(kind, batch) for kind, batch in batches.items()}
+
+
+def updates(flags, vanilla_steps):
+    """As many updates with these flags as take the FLOPs of `vanilla_steps` of next-token prediction."""
+    def load(*more):
+        return config.load(train.Config, [*(str(ROOT / name) for name in FILES), *flags, *more])
+
+    cfg = load()
+    of_kind = micro_step_flops(cfg)
+    budget = vanilla_steps * cfg.global_batch_size // cfg.batch_size * of_kind["lm"]
+
+    def flops(steps):
+        plan = Schedule(load(f"--max_steps={steps}"), 1)
+        per_block = plan.micro_steps // plan.kinds.shape[1]
+        return sum(per_block * (plan.kinds == kind).sum() * of_kind[kind] for kind in set(plan.kinds.flat))
+
+    low, high = 1, 4 * vanilla_steps
+    while high - low > 1:  # flops() grows with the steps
+        middle = (low + high) // 2
+        low, high = (middle, high) if flops(middle) <= budget else (low, middle)
+    return min((low, high), key=lambda steps: abs(flops(steps) - budget))
+
+
+def merged(flags):
+    """Where a flag is given twice, the later one alone."""
+    return list({flag.split("=")[0]: flag for flag in flags}.values())
+
+
+def command(out_dir, corpus, seed, flags, vanilla_steps):
+    flags = merged([f"--seed={seed}", *flags])
+    return " ".join(["python train.py", *FILES, f"--data=data/{corpus}", f"--out_dir={out_dir}", *flags,
+                     f"--max_steps={updates(flags, vanilla_steps)}"])
+
+
+def is_done(out_dir):
+    """Whether a run has had its last evaluation."""
+    log = Path(out_dir, "log.jsonl")
+    return log.exists() and '"final/' in log.read_text()
+
+
+# ---- the search ----
+
+TENTH, QUARTER, HALF = "--meta_share=0.1", "--meta_share=0.25", "--meta_share=0.5"
+CONTEXT = ["--read_out=context"]
+QUERY_LM = [*CONTEXT, "--query_lm=True"]
+BATCH = [*CONTEXT, "--episodes_from=batch", "--shots=2", "--queries=1", "--meta_share=1"]
+WIDE = ["--batch_size=32", "--meta_blocks=1", "--shots=4", "--queries=2"]  # as the measurement has
+EXACT = "--first_order=False"  # second order
+VANILLA = ["--meta_share=0"]
+
+SEARCH = {
+    "vanilla": VANILLA,
+    "vanilla-lr1": [*VANILLA, "--lr=1e-3"],
+    "vanilla-lr4": [*VANILLA, "--lr=4e-3"],
+    "mask": [TENTH],
+    "mask-lr4": [TENTH, "--lr=4e-3"],
+    "mask-weight0": [TENTH, "--meta_weight=0"],  # what the text costs that is not read
+    "vanilla-beta0.99": [*VANILLA, "--beta2=0.99"],
+    "mask-beta0.99": [TENTH, "--beta2=0.99"],
+    "mask-weight1": [TENTH, "--meta_weight=1"],
+    "mask-weight0.1": [TENTH, "--meta_weight=0.1"],
+    "mask-decay": [TENTH, "--meta_decay=0.5"],
+    "mask-start0": [TENTH, "--meta_start=0"],
+    "mask-start50": [TENTH, "--meta_start=203"],
+    "mask-inner0.03": [TENTH, "--inner_lr=0.03"],
+    "mask-inner0.3": [TENTH, "--inner_lr=0.3"],
+    "mask-steps1": [TENTH, "--inner_steps=1"],
+    "mask-ways8": [TENTH, "--ways=8"],
+    "mask-ways32": [TENTH, "--ways=32"],
+    "mask-shots2": [TENTH, "--shots=2"],
+    "mask-queries6": [TENTH, "--queries=6"],
+    "mask-exact": [TENTH, EXACT],
+    "mask-all": [TENTH, "--adapt=all"],
+    "context": [TENTH, *CONTEXT],
+    "context-exact": [TENTH, *CONTEXT, EXACT],
+    "query_lm": [TENTH, *QUERY_LM],
+    "query_lm-weight2": [TENTH, *QUERY_LM, "--meta_weight=2"],
+    "query_lm-25": [QUARTER, *QUERY_LM],
+    "query_lm-25-decay": [QUARTER, *QUERY_LM, "--meta_decay=0.5"],
+    "query_lm-50": [HALF, *QUERY_LM],
+    "batch-0.05": [*BATCH, "--meta_weight=0.05"],
+    "batch-0.2": [*BATCH, "--meta_weight=0.2"],
+    "batch-1": [*BATCH, "--meta_weight=1"],
+    "batch-0.2-decay": [*BATCH, "--meta_weight=0.2", "--meta_decay=0.5"],
+    "batch-0.05-exact": [*BATCH, "--meta_weight=0.05", EXACT],
+    "batch-0.2-exact": [*BATCH, "--meta_weight=0.2", EXACT],
+    "batch32x8-0.05-exact": [*BATCH, *WIDE, "--meta_weight=0.05", "--episodes=8", EXACT],
+    "batch32x8-0.2-exact": [*BATCH, *WIDE, "--meta_weight=0.2", "--episodes=8", EXACT],
+    "batch32x32-0.02-exact": [*BATCH, *WIDE, "--meta_weight=0.02", "--episodes=32", EXACT],
+    "batch32x32-0.05-exact": [*BATCH, *WIDE, "--meta_weight=0.05", "--episodes=32", EXACT],
+    "batch32x32-0.05": [*BATCH, *WIDE, "--meta_weight=0.05", "--episodes=32"],
+    "batch32-0.2": [*BATCH, *WIDE, "--meta_weight=0.2"],
+    "batch32-1": [*BATCH, *WIDE, "--meta_weight=1"],
+    "batch32x8-0.2": [*BATCH, *WIDE, "--meta_weight=0.2", "--episodes=8"],
+    "batch32x8-1": [*BATCH, *WIDE, "--meta_weight=1", "--episodes=8"],
+}
+
+
+# As the last comparison, of scarce data: 200,000 tokens, so 8 epochs of vanilla training.
+MANY = [*BATCH, *WIDE, "--episodes=32"]
+SCARCE_SEARCH = {
+    "vanilla": VANILLA,
+    "vanilla-decay0.5": [*VANILLA, "--weight_decay=0.5"],
+    "share-50": [HALF],
+    "query_lm-50": [HALF, *QUERY_LM],
+    "batch32x32-0.05": [*MANY, "--meta_weight=0.05"],
+    "batch32x32-0.2": [*MANY, "--meta_weight=0.2"],
+    "batch32x32-0.5": [*MANY, "--meta_weight=0.5"],
+}
+
+
+def search():
+    """One seed that no final run has, and as validation text held-out documents of the training domains."""
+    if not Path("data/search").exists():
+        return
+    flags = ["--warmup_steps=40", "--meta_start=41", "--probe_every=0"]
+    for name, own in SEARCH.items():
+        if not is_done(f"out/found/{name}-11"):  # their evaluation
+            yield command(f"out/search/{name}", "search", 11, [*flags, "--eval_every=0", *own], SEARCH_STEPS)
+    for name, own in SCARCE_SEARCH.items():
+        out_dir = f"out/scarce-search/{name}-11"
+        if not is_done(out_dir):
+            yield command(out_dir, "scarce-search", 11, [*flags, "--eval_every=37", *own], SEARCH_STEPS)
+
+
+# ---- the runs ----
+
+DOSES = {f"share-{percent}": [f"--meta_share={percent / 100}"] for percent in (0, 5, 10, 25, 50)}
+# As published, as near as settings go: 4 random layers, 32 ways, one query, full weight, from the
+# first update on; warm-up over 2,500 of 6,000 updates.
+PUBLISHED = [HALF, "--meta_weight=1", "--meta_start=0", "--ways=32", "--queries=1",
+             "--head_layers=4", "--head_start=random", "--warmup_steps=1018"]
+BEST = [*MANY, "--meta_weight=0.05"]  # by the search
+RUNS = [  # corpus, arm, flags, seeds
+    *[("books", arm, DOSES[arm], SEEDS) for arm in ("share-0", "share-10", "share-50")],
+    *[("books", arm, DOSES[arm], SEEDS[:1]) for arm in ("share-5", "share-25")],
+    ("books", "best", BEST, SEEDS),
+    ("books", "published-0.001", [*PUBLISHED, "--inner_lr=0.001"], SEEDS[:1]),
+    ("books", "published-0.01", [*PUBLISHED, "--inner_lr=0.01"], SEEDS[:1]),
+    ("books", "published-vanilla", [*VANILLA, "--warmup_steps=1018"], SEEDS[:1]),
+    ("scarce", "share-0", VANILLA, SEEDS),
+    ("scarce", "share-50", DOSES["share-50"], SEEDS),
+    ("scarce", "half", VANILLA, SEEDS),  # vanilla training for half as long: as much text as share-50 reads
+    ("scarce", "decay-0.5", [*VANILLA, "--weight_decay=0.5"], SEEDS),  # what else keeps it from overfitting
+    ("scarce", "best", BEST, SEEDS),
+    ("pydocs", "share-0", VANILLA, SEEDS),
+    ("pydocs", "share-50", DOSES["share-50"], SEEDS),
+    ("pydocs", "best", BEST, SEEDS),
+]
+
+
+def final_runs(quick):
+    """(folder, corpus, arm, seed, flags) of all runs whose text is there."""
+    missing = sorted({corpus for corpus, *_ in RUNS if not Path("data", corpus).exists()})
+    if missing:
+        print(f"left out: {', '.join(missing)}, which data/ has not (run.sh prepares it)", file=sys.stderr)
+    for corpus, arm, flags, seeds in RUNS:
+        for seed in seeds[:1] if quick else seeds:
+            if corpus in missing:
+                continue
+            yield f"out/{'quick/' * quick}{corpus}/{arm}-{seed}", corpus, arm, seed, flags
+
+
+def runs(quick):
+    for out_dir, corpus, arm, seed, flags in final_runs(quick):
+        steps = STEPS // 10 if quick else STEPS
+        if quick:
+            flags = ["--meta_start=24", *flags, "--warmup_steps=40", "--eval_every=37", "--probe_every=8",
+                     "--log_every=8"]
+        if not is_done(out_dir):
+            yield command(out_dir, corpus, seed, flags, steps // 2 if arm == "half" else steps)
+
+
+# ---- what is measured of their checkpoints ----
+
+
+def measurement(out_dir, corpus, source, seed, *flags):
+    """[command] of a run of no updates: losses and adaptation of the checkpoint that it starts from."""
+    settings = [f"--data=data/{corpus}", f"--out_dir={out_dir}", f"--init_from={source}", "--max_steps=0",
+                *VANILLA, f"--seed={seed}", *flags]
+    return [] if is_done(out_dir) else [" ".join(["python train.py", *FILES, *settings])]
+
+
+def measurements(quick):
+    """Checkpoints by other instruments than the one that they were trained with."""
+    if not quick and Path("data/search").exists():
+        for name in SEARCH:  # all of the validation text, and the same inner loop for all
+            yield from measurement(f"out/found/{name}-11", "search", f"out/search/{name}", 11,
+                                   "--eval_sequences=700")
+    for source, corpus, _, seed, _ in final_runs(quick):
+        if corpus == "pydocs" and Path("data/books-by-pydocs").exists():
+            out_dir = source.replace("pydocs", "foreign")
+            yield from measurement(out_dir, "books-by-pydocs", source, seed)
+        if corpus == "scarce":
+            out_dir = source.replace("scarce", "whole")
+            yield from measurement(out_dir, corpus, source, seed, "--eval_sequences=700")
+        if corpus == "books":  # one rate may not be the best of every arm
+            for rate in RATES:
+                out_dir = source.replace("books", f"rate-{rate}")
+                yield from measurement(out_dir, corpus, source, seed, f"--inner_lr={rate}")
+
+
+def score(source, folder, train, test, mode, lr, shots, seeds, epochs):
+    """[command] that fine-tunes and scores, unless ner.jsonl has its results."""
+    path = Path(source, "ner.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    done = {(line["mode"], line["train"], line["shots"], line["seed"]) for line in lines}
+    if done >= {(mode, train, n, seed) for n in shots for seed in range(1, seeds + 1)}:
+        return []
+    return [f"python eval_ner.py {source} --data={folder} --train={train} --test={test} --mode={mode}"
+            f" --lr={lr} --shots={','.join(map(str, shots))} --seeds={seeds}"
+            f" --epochs={epochs} --patience={epochs}"]
+
+
+def ner(quick, folder):
+    """Universal NER: fine-tuned on 1,801 sentences of English, or on a treebank of the language itself."""
+    for source, corpus, arm, _, _ in final_runs(quick):
+        if corpus != "books" or arm not in ("share-0", "share-10", "share-50", "best"):
+            continue
+        yield from score(source, folder, "en_ewt:dev", "all", "head", 0.03, (8, 32, 128, 0), 5, 50)
+        if quick or arm == "share-10":
+            continue
+        yield from score(source, folder, "en_ewt:dev", "all", "full", 3e-4, (0,), 3, 10)
+        yield from score(source, folder, "en_ewt:dev", "all", "full", 3e-4, (8, 32, 128), 3, 30)
+        for name in ("da_ddt", "hr_set", "pt_bosque", "sk_snk"):
+            yield from score(source, folder, name, name, "head", 0.03, (32, 0), 3, 50)
+            yield from score(source, folder, name, name, "full", 3e-4, (1000,), 1, 10)
+
+
+if __name__ == "__main__":
+    stage, *rest = sys.argv[1:]
+    quick, folders = "--quick" in rest, [arg for arg in rest if arg != "--quick"]
+    lines = {"search": search, "runs": lambda: runs(quick), "measure": lambda: measurements(quick),
+             "ner": lambda: ner(quick, *folders)}[stage]()
+    print(*lines, sep="\n")

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Everything that README.md beside this file shows: data, runs, measurements, tables. The same command again goes
+# on where it was stopped; what is finished is not run again.
+#
+#   bash results/run.sh              # six hours on two cores
+#   bash results/run.sh --quick      # a tenth as long, one seed, no search: half an hour; in out/quick/
+#
+# CORPUS     a folder with NAME.train.txt and NAME.val.txt of the six texts; without it, pydocs alone   data/corpus
+# TREEBANKS  a folder for Universal NER's .iob2 files, downloaded where missing                         data/uner
+# JOBS       runs at once, of one thread each                                                           2
+set -euo pipefail
+cd "$(dirname "$0")/.."
+corpus=${CORPUS:-data/corpus} treebanks=${TREEBANKS:-data/uner} jobs=${JOBS:-2}
+export OMP_NUM_THREADS=1
+
+texts() { printf '%s\n' "$corpus"/*."$1".txt | paste -sd, -; }
+prepare() { [ -e "data/$1" ] || python prepare.py --out="data/$1" "${@:2}"; }
+work() { python results/plan.py "$@" | tr '\n' '\0' | xargs -0 -n 1 -P "$jobs" sh -c; }
+
+prepare pydocs
+if compgen -G "$corpus/*.val.txt" > /dev/null; then
+  prepare books --source="$(texts train)" --val="$(texts val)"
+  prepare search --source="$(texts train)"
+  prepare books-by-pydocs --tokenizer=data/pydocs --source="$(texts val)" --max_tokens=10000 --val="$(texts val)"
+  prepare scarce --source="$corpus/brown.train.txt" --max_tokens=1000000 --val="$corpus/brown.val.txt"
+  prepare scarce-search --source="$corpus/state_union.train.txt" --max_tokens=200000 \
+    --val="$corpus/state_union.val.txt"
+else
+  echo "$corpus has no *.train.txt and *.val.txt (results/README.md): pydocs alone is run" >&2
+fi
+
+if [ "${1:-}" = --quick ]; then
+  for stage in runs measure; do work "$stage" --quick; done
+  work ner --quick "$treebanks"
+  mkdir -p out/quick/report && cp results/README.md out/quick/report
+  python results/tables.py out/quick/report --collect=out/quick
+else
+  for stage in search runs measure; do work "$stage"; done
+  work ner "$treebanks"
+  python results/tables.py results --collect=out
+fi

@@ -1,0 +1,42 @@
+"""results/: equal FLOPs, the power of a test, and tables that are those of the committed logs."""
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import report
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+LOGS = RESULTS / "logs"
+sys.path.insert(0, str(RESULTS))
+plan = pytest.importorskip("plan")
+tables = pytest.importorskip("tables", reason="needs scipy of requirements-dev.txt")
+
+
+@pytest.mark.parametrize("n", [3, 5])
+def test_the_power_is_that_of_simulated_experiments(n):
+    z = np.random.default_rng(0).standard_normal((100_000, n)) + tables.detectable(n)
+    t = z.mean(1) / z.std(1, ddof=1) * math.sqrt(n)
+    found = [report.student_p(x, n - 1) < 0.05 for x in t[:4000]]
+    assert np.mean(found) == pytest.approx(0.8, abs=0.02)
+
+
+def test_the_final_runs_have_equal_flops():
+    """As log.jsonl counted them while they ran, not as the plan did before."""
+    logs = [log for corpus in ("books", "pydocs", "scarce") for log in LOGS.glob(f"{corpus}/*/log.jsonl")]
+    flops = {log.parent: report.read_jsonl(log, "step")[-1]["flops"] for log in logs}
+    assert len(flops) > 5
+    for run, value in flops.items():
+        share = 0.5 if run.name.startswith("half") else 1.0
+        assert value == pytest.approx(share * flops[LOGS / "books" / "share-0-1"], rel=2e-3), run
+
+
+def test_the_tables_are_those_of_the_logs(tmp_path):
+    shutil.copy(RESULTS / "README.md", tmp_path)
+    (tmp_path / "logs").symlink_to(LOGS)
+    tables.main(tmp_path)
+    assert (tmp_path / "README.md").read_text() == (RESULTS / "README.md").read_text()
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
