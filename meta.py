@@ -281,7 +281,7 @@ class Learner(nn.Module):
     # ---- next-token prediction, with episodes at its own positions ----
 
     def joint_loss(self, batch):
-        """One pass for both. In first order the support has no gradient; in second order it costs no pass."""
+        """One pass for both. In first order the inner loop passes no gradient on to the support."""
         with self.autocast():
             hidden = self.decoder.hidden(batch.ids)  # (B, T, D)
             lm_loss = self.decoder.loss(hidden, batch.targets)
@@ -290,8 +290,7 @@ class Learner(nn.Module):
             meta_loss, metrics = 0.0 * lm_loss, dict.fromkeys(QUERY_METRICS, math.nan)
         else:
             support, query = batch.support.flatten(1), batch.query.flatten(1)  # (E, N * K or N * Q)
-            x_support = (x.detach() if self.first_order else x)[support]
-            meta_loss, metrics = query_loss(*self.adapt_heads(x_support, x[query], ways))
+            meta_loss, metrics = query_loss(*self.adapt_heads(x[support], x[query], ways))
         metrics |= {"train/loss": lm_loss.detach(), "meta/ways": ways or math.nan}
         return {"lm": lm_loss, "meta": meta_loss}, metrics
 

@@ -248,15 +248,15 @@ def speedup_table(corpus, arms):
         levels, speedups = report.speedup([runs(corpus, arm), runs(corpus, BASELINE)])
         ratios, errors, p = speedups["flops"]
         low, high = (ratios[-1] * math.exp(sign * errors[-1]) for sign in (-1, 1))
-        rows.append([NAMES.get(arm, arm), f"{levels[-1]:.3f}", f"{ratios[-1]:.2f}",
-                     f"{low:.2f} to {high:.2f}", f"{p:.1g}"])
+        spread = ["", ""] if math.isnan(p) else [f"{low:.2f} to {high:.2f}", f"{p:.1g}"]  # of several runs
+        rows.append([NAMES.get(arm, arm), f"{levels[-1]:.3f}", f"{ratios[-1]:.2f}", *spread])
     return markdown(rows)
 
 
 def mixed(corpus, arm):
     groups = [runs(corpus, arm), runs(corpus, BASELINE)]
     if not all(groups):
-        return MISSING
+        return ""
     return "\n\n".join(report.mixed_curve(groups, [NAMES[arm], "vanilla"])[2:])
 
 
@@ -366,6 +366,9 @@ def main(folder, collect_from=""):
     text = path.read_text()
     for name, table in tables().items():
         before, mark, rest = text.partition(f"<!-- {name} -->\n")
+        cells = [cell for line in table.splitlines()[2:] for cell in line.split("|")[2:-1]]
+        if all(cell.strip() in (MISSING, "0 of 0") for cell in cells):
+            table = "*Not run yet.*"
         if mark:
             text = before + mark + table + "\n" + rest[rest.index("<!-- end -->"):]
     path.write_text(text)

@@ -1,4 +1,5 @@
 """results/: equal FLOPs, the power of a test, and tables that are those of the committed logs."""
+import json
 import math
 import shutil
 import sys
@@ -32,6 +33,29 @@ def test_the_final_runs_have_equal_flops():
     for run, value in flops.items():
         share = 0.5 if run.name.startswith("half") else 1.0
         assert value == pytest.approx(share * flops[LOGS / "books" / "share-0-1"], rel=2e-3), run
+
+
+@pytest.mark.parametrize("arm", ["share-0", "share-50", "best"])
+def test_the_plan_gives_the_updates_that_had_equal_flops(arm):
+    """Of the committed runs, whose logs the test above compares."""
+    config = json.loads((LOGS / "books" / f"{arm}-1" / "config.json").read_text())
+    flags = next(flags for corpus, name, flags, _ in plan.RUNS if (corpus, name) == ("books", arm))
+    assert plan.updates(plan.merged(flags), plan.STEPS) == config["max_steps"]
+
+
+def test_a_cell_of_differences_is_a_paired_test_by_seed():
+    """Read from the logs and tested without report.py; a run of one arm alone does not count."""
+    stats = pytest.importorskip("scipy.stats")
+    losses = [{}, {}]
+    for found, arm in zip(losses, ("share-50", "share-0")):
+        for log in LOGS.glob(f"scarce/{arm}-?/log.jsonl"):
+            found[int(log.parent.name[-1])] = json.loads(log.read_text().splitlines()[-1])["val/loss"]
+    seeds = sorted(losses[0].keys() & losses[1].keys())
+    ours, theirs = ([found[seed] for seed in seeds] for found in losses)
+    assert len(seeds) >= 2
+    difference, p = np.mean(ours) - np.mean(theirs), stats.ttest_rel(ours, theirs).pvalue
+    cell = tables.compared("scarce", "share-50", tables.LOSS[1], ".3f")
+    assert cell.startswith(f"{difference:+.3f} ({p:.1g}; ")
 
 
 def test_the_tables_are_those_of_the_logs(tmp_path):
