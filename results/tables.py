@@ -276,7 +276,9 @@ def dose_panel(ax, title, lines):
         ax.plot(*zip(*points), ".", color=style["color"], ms=4)
     ax.set(xlabel="share of episodes, %", title=title)
     if len(lines) > 1:
-        ax.legend()
+        low, high = ax.get_ylim()
+        ax.set_ylim(low - 0.6 * (high - low), high)  # room for the legend
+        ax.legend(loc="lower left")
 
 
 def over_time_panel(ax, kind, title):
@@ -292,7 +294,7 @@ def over_time_panel(ax, kind, title):
 
 
 def domains_panel(ax):
-    for arm in ("share-10", "share-50", "best"):
+    for arm in filter(partial(runs, "books"), ARMS):
         found = [np.subtract(*paired("books", arm, measure)) for _, measure, _ in domain_losses("books")]
         for y, values in enumerate(found):
             ax.plot(values, [y] * len(values), ".", color=COLORS[arm], ms=5)
@@ -313,11 +315,12 @@ def figure():
     scores = [((f"{shots or 'all'}", ner("head", shots, (*ENGLISH, *OTHERS)), ""), {"color": color})
               for shots, color in zip((8, 32, 128, 0), ("#aed6f1", "#5dade2", "#2e86c1", "#1b4f72"))]
     panels = [partial(dose_panel, title="validation loss, nats", lines=loss),
-              partial(dose_panel, title="query accuracy", lines=accuracies),
-              partial(dose_panel, title="F1 on NER, head, by sentences", lines=scores),
-              domains_panel,
-              partial(over_time_panel, kind="rank/resid", title=report.LABELS["rank/resid"]),
-              partial(over_time_panel, kind="entropy", title=report.LABELS["entropy"])]
+              partial(dose_panel, title="query accuracy", lines=accuracies)]
+    if any(run["ner"] for run in runs("books", BASELINE)):
+        panels.append(partial(dose_panel, title="F1 on NER, head, by sentences", lines=scores))
+    panels += [domains_panel,
+               partial(over_time_panel, kind="rank/resid", title=report.LABELS["rank/resid"]),
+               partial(over_time_panel, kind="entropy", title=report.LABELS["entropy"])]
     return report.draw(report.in_threes("", panels), size=(3.4, 2.7), font=10)
 
 
