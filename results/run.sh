@@ -21,7 +21,7 @@ prepare pydocs
 if compgen -G "$corpus/*.val.txt" > /dev/null; then
   prepare books --source="$(texts train)" --val="$(texts val)"
   prepare search --source="$(texts train)"
-  prepare books-by-pydocs --tokenizer=data/pydocs --source="$(texts val)" --max_tokens=10000 --val="$(texts val)"
+  prepare books-by-pydocs --tokenizer=data/pydocs --source="$(texts train)" --max_tokens=10000 --val="$(texts val)"
   prepare scarce --source="$corpus/brown.train.txt" --max_tokens=1000000 --val="$corpus/brown.val.txt"
   prepare scarce-search --source="$corpus/state_union.train.txt" --max_tokens=200000 \
     --val="$corpus/state_union.val.txt"
