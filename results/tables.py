@@ -274,8 +274,8 @@ COLORS = {"share-0": "#2c6fbb", "share-10": "#e08e2b", "share-50": "#c0392b", "b
 def dose_panel(ax, title, lines):
     """Against the share of episodes: each run a dot, the arms' means a line."""
     for (label, measure, _), style in lines:
-        points = [(int(arm.removeprefix("share-")), measure(run)) for arm in plan.DOSES
-                  for run in runs("books", arm)]
+        points = [(int(arm.removeprefix("share-")), y) for arm in plan.DOSES
+                  for y in map(measure, runs("books", arm)) if not math.isnan(y)]
         shares = sorted({share for share, _ in points})
         means = [np.mean([y for x, y in points if x == share]) for share in shares]
         ax.plot(shares, means, label=label, **style)
