@@ -202,7 +202,8 @@ def found_table():
 
 
 IN_LANGUAGE = ("da_ddt", "hr_set", "pt_bosque", "sk_snk")
-TESTS = {"English": ("en_ewt", "en_pud"), "zero-shot": IN_LANGUAGE, "ceb_gja and tl_trg": ("ceb_gja", "tl_trg")}
+TESTS = {"English": ("en_ewt", "en_pud"), "zero-shot": IN_LANGUAGE,
+         "ceb_gja and tl_trg": ("ceb_gja", "tl_trg")}
 
 
 def ner_rows(mode, name):
