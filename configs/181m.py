@@ -10,4 +10,5 @@ d_model = 768
 global_batch_size = 256
 batch_size = 16  # per GPU; not measured on one yet
 
+meta_share = 0.1
 queries = 4

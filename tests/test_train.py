@@ -750,7 +750,7 @@ def test_the_papers_configs_run_two_updates(toy, tmp_path, name):
 def test_configs_load_with_the_overlay_and_their_batch_divides(name):
     path = str(ROOT / "configs" / f"{name}.py")
     cfg = config.load(Config, [path])
-    assert cfg.meta_share == 0.5
+    assert cfg.meta_share == 0.1
     assert config.load(Config, [path, str(ROOT / "configs" / "vanilla.py")]) == replace(cfg, meta_share=0.0)
     for world in (1, 2) if name == "demo" else (1, 4, 8):
         Schedule(cfg, world)
