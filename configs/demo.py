@@ -21,10 +21,11 @@ max_steps = 250
 lr = 4e-3
 warmup_steps = 40
 
-# A tenth of the micro-steps are episodes, from the time on that features say something. Half of them, as published,
-# cost the language model 0.29 nats in runs ten times as long, a tenth 0.05, and features adapt no better for it
-# (results/README.md). In runs of 340 updates, half of them episodes, half weight cost the language model less
-# (validation loss 4.80 against 4.91) and episodes were learned as well. Why this inner rate: docs/inner-loop.md.
+# A tenth of the micro-steps are episodes, from the time on that features say something. Half of them, as
+# published, cost the language model 0.29 nats in runs ten times as long, a tenth 0.05, and features adapt no
+# better for it (results/README.md). In runs of 340 updates, half of them episodes, half weight cost the
+# language model less (validation loss 4.80 against 4.91) and episodes were learned as well. Why this inner
+# rate: docs/inner-loop.md.
 meta_share = 0.1
 meta_start = 75
 meta_weight = 0.5

@@ -713,7 +713,7 @@ def test_a_vanilla_run_ignores_the_settings_of_episodes(toy, tmp_path):
 
 @pytest.mark.parametrize("name", ["11m", "65m", "181m"])
 def test_the_papers_configs_run_two_updates(toy, tmp_path, name):
-    """At their width, depth, vocabulary, rate and episodes; the batch and the context are cut down. 570m
+    """At their width, depth, vocabulary and rate, half of it episodes; batch and context are cut down. 570m
     is only counted: test_model.py.
     """
     train.main(
@@ -728,6 +728,7 @@ def test_the_papers_configs_run_two_updates(toy, tmp_path, name):
             "--global_batch_size=2",
             "--batch_size=1",
             "--meta_blocks=2",
+            "--meta_share=0.5",
             "--window=4",
             "--queries=1",
             "--eval_sequences=1",
