@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything that README.md beside this file shows: data, runs, measurements, tables. The same command again goes
-# on where it was stopped; what is finished is not run again.
+# on where it was stopped; what is finished is not run again. Needs requirements-dev.txt (scipy).
 #
-#   bash results/run.sh              # about six hours on two cores
+#   bash results/run.sh              # on two cores six to sixteen hours, by the processor
 #   bash results/run.sh --quick      # a tenth as long, one seed, no search: half an hour; in out/quick/
 #
 # CORPUS     a folder with NAME.train.txt and NAME.val.txt of the six texts; without it, pydocs alone   data/corpus
@@ -10,12 +10,15 @@
 # JOBS       runs at once, of one thread each                                                           2
 set -euo pipefail
 cd "$(dirname "$0")/.."
-corpus=${CORPUS:-data/corpus} treebanks=${TREEBANKS:-data/uner} jobs=${JOBS:-2}
+corpus=${CORPUS:-data/corpus} treebanks=${TREEBANKS:-data/uner} jobs=${JOBS:-2} failed=
 export OMP_NUM_THREADS=1
+python -c "import scipy" 2> /dev/null || { echo "first: pip install -r requirements-dev.txt" >&2; exit 1; }
 
 texts() { printf '%s\n' "$corpus"/*."$1".txt | paste -sd, -; }
 prepare() { [ -e "data/$1" ] || python prepare.py --out="data/$1" "${@:2}"; }
-work() { python results/plan.py "$@" | tr '\n' '\0' | xargs -0 -n 1 -P "$jobs" sh -c; }
+# A command that fails stops no other: its cells of the tables say "not run".
+work() { python results/plan.py "$@" | tr '\n' '\0' | xargs -0 -n 1 -P "$jobs" sh -c || failed+=" $1"; }
+score() { python results/plan.py fetch "$treebanks" && work ner "$treebanks" "$@" || failed+=" fetch"; }
 
 prepare pydocs
 if compgen -G "$corpus/*.val.txt" > /dev/null; then
@@ -31,11 +34,16 @@ fi
 
 if [ "${1:-}" = --quick ]; then
   for stage in runs measure; do work "$stage" --quick; done
-  work ner --quick "$treebanks"
-  mkdir -p out/quick/report && cp results/README.md out/quick/report
+  score --quick
+  mkdir -p out/quick/report
+  grep -E '^(#|!|<!--|\*\*.*\?\*\*)' results/README.md > out/quick/report/README.md  # no text of the full runs
   python results/tables.py out/quick/report --collect=out/quick
 else
   for stage in search runs measure; do work "$stage"; done
-  work ner "$treebanks"
+  score
   python results/tables.py results --collect=out
+fi
+if [ -n "$failed" ]; then
+  echo "failed in:$failed (see above); the same command again tries it again" >&2
+  exit 1
 fi

@@ -26,7 +26,7 @@ from report import difference, last_values, markdown, mean_std  # noqa: E402
 
 BASELINE = "share-0"
 NAMES = {"share-0": "vanilla", "share-5": "5%", "share-10": "10%", "share-25": "25%", "share-50": "50%",
-         "decay-0.5": "vanilla, weight decay 0.5", "half": "vanilla, half as long"}
+         "half": "vanilla, half as long"}
 MISSING = "not run"
 
 
@@ -92,13 +92,16 @@ def paired(corpus, arm, measure):
 
 
 def compared(corpus, arm, measure, form):
-    """"difference (p; could have been seen)" of an arm and vanilla training, paired by seed."""
+    """"difference (p; could have been seen)" of an arm and vanilla training, paired by seed.
+
+    Without a test of fewer than three pairs, whose number is given instead.
+    """
     ours, theirs = paired(corpus, arm, measure)
     if not ours:
         return MISSING
     delta, _, p = difference(ours, theirs, paired=True)
-    if len(ours) < 3:  # of two pairs a test says nothing
-        return format(delta, "+" + form)
+    if len(ours) < 3:
+        return f"{format(delta, '+' + form)} ({len(ours)} pair{'s' * (len(ours) > 1)})"
     seen = detectable(len(ours)) * np.std(np.subtract(ours, theirs), ddof=1)
     return f"{format(delta, '+' + form)} ({p:.1g}; {format(seen, form)})"
 
@@ -133,22 +136,25 @@ def last_probe(kind):
     return measure
 
 
-def measured(key, *corpora):
-    """The best value of a metric over measurements of the run's checkpoint; nan if there is none."""
+def at_rates(key, *rates):
+    """The best value of a metric over inner rates; nan unless it was measured at each of them."""
     def measure(run):
         arm = run["path"].name.rpartition("-")[0]
-        return max((last(key)(other) for corpus in corpora for other in runs(corpus, arm)
-                    if other["seed"] == run["seed"]), default=math.nan)
+        found = {run["config"]["inner_lr"]: last(key)(run)}
+        found |= {rate: last(key)(other) for rate in rates for other in runs(f"rate-{rate}", arm)
+                  if other["seed"] == run["seed"]}
+        return max(found.get(rate, math.nan) for rate in rates)
 
     return measure
 
 
 def ner(mode, shots, tests, train="en_ewt:dev"):
-    """The mean F1 in percent over treebanks and fine-tuning seeds; nan if a run was not scored."""
+    """The mean F1 in percent over treebanks and fine-tuning seeds; nan if a run was not scored on all."""
     def measure(run):
-        found = [100 * line["f1"] for line in run["ner"] if line["test"] in tests and line["train"] == train
-                 and (line["mode"], line["shots"]) == (mode, shots)]
-        return np.mean(found) if found else math.nan
+        scores = {(line["test"], line["seed"]): 100 * line["f1"] for line in run["ner"]
+                  if (line["mode"], line["train"], line["shots"]) == (mode, train, shots)}  # the later counts
+        seeds = {seed for _, seed in scores}
+        return np.mean([scores.get(key, math.nan) for key in itertools.product(tests, seeds)] or math.nan)
 
     return measure
 
@@ -159,6 +165,8 @@ KEYS = {f"accuracy on {words}, {where}": f"final/{read_out}_{kind}query_acc"
 ACCURACIES = [(label, last(key), ".3f") for label, key in KEYS.items()]
 BETTER = [(f"accuracy on {words}, the better read-out", better(kind), ".3f")
           for kind, words in report.WORDS.items()]
+READ = [("updates", lambda run: run["log"][-1]["step"], ".0f"),
+        ("tokens read as text, millions", lambda run: run["log"][-1]["tokens"] / 1e6, ".2f")]
 PROBES = [("effective rank of the residual stream", last_probe("rank/resid"), ".1f"),
           ("attention entropy", last_probe("entropy"), ".3f")]
 
@@ -190,41 +198,49 @@ def found_table():
     measures = [LOSS, *ACCURACIES]
     runs_of = {name: runs("found", name) for name in plan.SEARCH}
     base = [measure(runs_of["vanilla"][0]) for _, measure, _ in measures] if runs_of["vanilla"] else []
-    rows = [["", "flags", *(label for label, _, _ in measures)]]
+    rows = [["", *(label.removeprefix("accuracy on held-out ") for label, _, _ in measures), "flags"]]
     for name, flags in plan.SEARCH.items():
         cells = [MISSING] * len(measures)
         if base and runs_of[name]:
             sign = "" if name == "vanilla" else "+"
             cells = [format(measure(runs_of[name][0]) - (value if sign else 0), sign + form)
                      for (_, measure, form), value in zip(measures, base)]
-        rows.append([name, f"`{' '.join(plan.merged(flags))}`", *cells])
+        rows.append([name, *cells, f"`{' '.join(plan.merged(flags))}`"])
     return markdown(rows)
-
-
-IN_LANGUAGE = ("da_ddt", "hr_set", "pt_bosque", "sk_snk")
-TESTS = {"English": ("en_ewt", "en_pud"), "zero-shot": IN_LANGUAGE,
-         "ceb_gja and tl_trg": ("ceb_gja", "tl_trg")}
-
-
-def ner_rows(mode, name):
-    return [(f"{name}, {shots or 'all'} sentences, {label}", ner(mode, shots, tests), ".1f")
-            for shots in (8, 32, 128, 0) for label, tests in TESTS.items()]
-
-
-NO_MODEL = ner_rows("majority", "no model")
-NER = [*ner_rows("head", "head"), *ner_rows("full", "full")]
 
 
 def own_language(mode, shots):
     """As `ner`, each of the four trainable treebanks that are not English by models fine-tuned on its own."""
     def measure(run):
-        return np.mean([ner(mode, shots, [name], train=name)(run) for name in IN_LANGUAGE])
+        return np.mean([ner(mode, shots, [name], train=name)(run) for name in plan.IN_LANGUAGE])
 
     return measure
 
 
-NER += [(f"{mode}, {shots or 'all'} sentences, in-language (4)", own_language(mode, shots), ".1f")
-        for mode, shots in (("head", 32), ("head", 0), ("full", 1000))]
+def ner_table(corpus, arms):
+    """F1 of no model and of vanilla training, and the arms' differences to the latter."""
+    rows = [["", "no model", f"vanilla ({sum(bool(run['ner']) for run in runs(corpus, BASELINE))})",
+             *(f"{NAMES.get(arm, arm)} - vanilla" for arm in arms)]]
+
+    def add(label, measure, no_model=None):
+        rows.append([label, spread(corpus, BASELINE, no_model, ".1f").partition(" ")[0] if no_model else "",
+                     spread(corpus, BASELINE, measure, ".1f"),
+                     *(compared(corpus, arm, measure, ".1f") for arm in arms)])
+
+    for mode, shots in itertools.product(("head", "full"), (8, 32, 128, 0)):
+        for label, tests in plan.TESTS.items():
+            add(f"{mode}, {shots or 'all'} sentences, {label}", ner(mode, shots, tests),
+                ner("majority", shots, tests))
+    for mode, shots in (("head", 32), ("head", 0), ("full", 1000)):
+        add(f"{mode}, {shots or 'all'} sentences, in-language (4)", own_language(mode, shots))
+    return markdown(rows)
+
+
+def rises_and_falls(steps, values):
+    """The phases of a curve that ends below the peak of its rise, else None: it has not just paused."""
+    p = report.phase(steps, values)
+    is_one = p["verdict"] == report.RISE_AND_FALL and values[-1] < values[list(steps).index(p["peak"])]
+    return p if is_one else None
 
 
 def phases_table(corpus, arms):
@@ -235,8 +251,8 @@ def phases_table(corpus, arms):
         cells = []
         for arm in arms:
             by_layer = report.layer_curves(runs(corpus, arm)).get(kind, {})
-            results = [(layer, report.phase(*c)) for layer, curves in by_layer.items() for c in curves]
-            do = [(layer, p) for layer, p in results if p["verdict"] == report.RISE_AND_FALL]
+            results = [(layer, rises_and_falls(*c)) for layer, curves in by_layer.items() for c in curves]
+            do = [(layer, p) for layer, p in results if p]
             cell = f"{len(do)} of {len(results)}"
             if do:
                 peaks = sorted(p["peak"] for _, p in do)
@@ -249,14 +265,23 @@ def phases_table(corpus, arms):
 
 
 def speedup_table(corpus, arms):
-    """How much sooner an arm reaches the last loss that it and vanilla training both reach, in FLOPs."""
-    rows = [["", "loss", "vanilla's FLOPs / its own", "one standard error", "p"]]
-    for arm in filter(partial(runs, corpus), arms):
-        levels, speedups = report.speedup([runs(corpus, arm), runs(corpus, BASELINE)])
-        ratios, errors, p = speedups["flops"]
-        low, high = (ratios[-1] * math.exp(sign * errors[-1]) for sign in (-1, 1))
-        spread = ["", ""] if math.isnan(p) else [f"{low:.2f} to {high:.2f}", f"{p:.1g}"]  # of several runs
-        rows.append([NAMES.get(arm, arm), f"{levels[-1]:.3f}", f"{ratios[-1]:.2f}", *spread])
+    """How much sooner an arm reaches the last loss that it and vanilla training all reach, in FLOPs."""
+    rows = [["", "loss", "vanilla's FLOPs / its own", "95% interval", "p"]]
+    for arm in arms:
+        of_both = {run["seed"] for run in runs(corpus, arm)} & {run["seed"] for run in runs(corpus, BASELINE)}
+        groups = [[run for run in runs(corpus, name) if run["seed"] in of_both] for name in (arm, BASELINE)]
+        if not of_both:
+            continue
+        levels, speedups = report.speedup(groups)
+        cells = ["no loss that all reach", "", "", ""]
+        if "flops" in speedups:
+            ratios, errors, p = speedups["flops"]
+            cells = [f"{levels[-1]:.3f}", f"{ratios[-1]:.2f}", f"{len(of_both)} pairs", ""]
+            if len(of_both) > 2:
+                t = stats.t.isf(0.025, len(of_both) - 1)
+                ends = (ratios[-1] * math.exp(sign * t * errors[-1]) for sign in (-1, 1))
+                cells[2:] = ["{:.2f} to {:.2f}".format(*ends), f"{p:.1g}"]
+        rows.append([NAMES.get(arm, arm), *cells])
     return markdown(rows)
 
 
@@ -274,18 +299,29 @@ COLORS = {"share-0": "#2c6fbb", "share-10": "#e08e2b", "share-50": "#c0392b", "b
 
 def dose_panel(ax, title, lines):
     """Against the share of episodes: each run a dot, the arms' means a line."""
-    for (label, measure, _), style in lines:
+    for label, measure, style in lines:
         points = [(int(arm.removeprefix("share-")), y) for arm in plan.DOSES
                   for y in map(measure, runs("books", arm)) if not math.isnan(y)]
         shares = sorted({share for share, _ in points})
         means = [np.mean([y for x, y in points if x == share]) for share in shares]
         ax.plot(shares, means, label=label, **style)
-        ax.plot(*zip(*points), ".", color=style["color"], ms=4)
+        ax.plot([x for x, _ in points], [y for _, y in points], ".", color=style["color"], ms=4)
     ax.set(xlabel="share of episodes, %", title=title)
     if len(lines) > 1:
         low, high = ax.get_ylim()
         ax.set_ylim(low - 0.6 * (high - low), high)  # room for the legend
         ax.legend(loc="lower left")
+
+
+def ner_panel(ax):
+    """F1 by all sentences, and as thin lines that of no model."""
+    lines = [(f"{mode}, {label}", ner(mode, 0, plan.TESTS[label]), {"color": color, "ls": dashes})
+             for label, color in (("English", "#1b4f72"), ("zero-shot", "#5dade2"))
+             for mode, dashes in (("full", "-"), ("head", "--"))]
+    dose_panel(ax, "F1 on NER, all sentences", lines)
+    for label, _, style in lines[::2]:
+        no_model = map(ner("majority", 0, plan.TESTS[label.removeprefix("full, ")]), runs("books", BASELINE))
+        ax.axhline(np.nanmean(list(no_model)), color=style["color"], lw=0.6)
 
 
 def over_time_panel(ax, kind, title):
@@ -315,16 +351,14 @@ def domains_panel(ax):
 
 def figure():
     """Dose and response, and the probes over training."""
-    loss = [(LOSS, {"color": "black"})]
-    accuracies = [((label.removeprefix("accuracy on "), *rest), {"color": color, "ls": dashes})
-                  for (label, *rest), (color, dashes) in zip(ACCURACIES, itertools.product(
+    loss = [("", LOSS[1], {"color": "black"})]
+    accuracies = [(label.removeprefix("accuracy on "), measure, {"color": color, "ls": dashes})
+                  for (label, measure, _), (color, dashes) in zip(ACCURACIES, itertools.product(
                       ("#2c6fbb", "#c0392b"), ("-", "--")))]
-    scores = [((f"{shots or 'all'}", ner("head", shots, sum(TESTS.values(), ())), ""), {"color": color})
-              for shots, color in zip((8, 32, 128, 0), ("#aed6f1", "#5dade2", "#2e86c1", "#1b4f72"))]
     panels = [partial(dose_panel, title="validation loss, nats", lines=loss),
               partial(dose_panel, title="query accuracy", lines=accuracies)]
     if any(run["ner"] for run in runs("books", BASELINE)):
-        panels.append(partial(dose_panel, title="F1 on NER, head, by sentences", lines=scores))
+        panels.append(ner_panel)
     panels += [domains_panel,
                partial(over_time_panel, kind="rank/resid", title=report.LABELS["rank/resid"]),
                partial(over_time_panel, kind="entropy", title=report.LABELS["entropy"])]
@@ -334,7 +368,7 @@ def figure():
 # ---- README.md ----
 
 ARMS = ("share-10", "share-50", "best")
-SCARCE = ("share-50", "half", "decay-0.5", "best")
+SCARCE = ("share-50", "half", "best")
 
 
 def tables():
@@ -342,22 +376,21 @@ def tables():
     adaptation = [*ACCURACIES, *BETTER]
     losses = [LOSS, ("lowest validation loss", best("val/loss"), ".3f")]
     scarce = [*losses, *adaptation]
-    rates = [f"rate-{rate}" for rate in plan.RATES]
     published = ("share-0", "published-vanilla", "published-0.001", "published-0.01")
     return {
-        "dose": values_table("books", [*plan.DOSES, "best"], [LOSS, *adaptation, *PROBES]),
+        "dose": values_table("books", [*plan.DOSES, "best"],
+                             [*READ, LOSS, *adaptation, *PROBES]),
         "differences": differences_table("books", ARMS, [LOSS, *adaptation, *PROBES]),
         "rates": differences_table("books", ARMS, [
-            (label, measured(key, *rates), ".3f") for label, key in KEYS.items()]),
+            (label, at_rates(key, *plan.RATES), ".3f") for label, key in KEYS.items()]),
         "domains": differences_table("books", ARMS, domain_losses("books")),
         "speedup": speedup_table("books", ARMS),
         "mixed": mixed("books", "share-50"),
         "published": values_table("books", published, [
-            LOSS, *((label, measured(key, "rate-0.1"), ".3f") for label, key in KEYS.items()), *PROBES]),
+            LOSS, *((label, at_rates(key, 0.1), ".3f") for label, key in KEYS.items()), *PROBES]),
         "found": found_table(),
         "found-scarce": values_table("scarce-search", list(plan.SCARCE_SEARCH), losses),
-        "ner": values_table("books", ["share-0", *ARMS], [*NO_MODEL, *NER]),
-        "ner-differences": differences_table("books", ARMS, NER),
+        "ner": ner_table("books", ARMS),
         "phases": phases_table("books", ["share-0", *ARMS]),
         "pydocs": differences_table("pydocs", ["share-50"], [LOSS, *adaptation, *PROBES]),
         "foreign": differences_table("foreign", ["share-50"], [*domain_losses("foreign"), *adaptation]),

@@ -58,6 +58,42 @@ def test_a_cell_of_differences_is_a_paired_test_by_seed():
     assert cell.startswith(f"{difference:+.3f} ({p:.1g}; ")
 
 
+def ner_line(test="en_ewt", seed=1, f1=0.25):
+    return {"mode": "head", "train": "en_ewt:dev", "shots": 8, "seed": seed, "test": test, "f1": f1}
+
+
+def test_f1_is_of_runs_that_were_scored_on_all_treebanks():
+    """Bug: what was scored twice, after a stop, counted twice, and half of the treebanks as all of them."""
+    measure = tables.ner("head", 8, ("en_ewt", "en_pud"))
+    assert math.isnan(measure({"ner": []}))
+    assert math.isnan(measure({"ner": [ner_line()]}))
+    complete = [ner_line(), ner_line(f1=0.5), ner_line("en_pud", f1=0.3)]
+    assert measure({"ner": complete}) == pytest.approx(40)
+    assert math.isnan(measure({"ner": [*complete, ner_line(seed=2)]}))
+
+
+def test_scoring_is_done_when_all_treebanks_are(tmp_path):
+    """Bug: a run that stopped after the first treebank was not scored on the others."""
+    def commands():
+        tests = ["en_ewt", "en_pud"]
+        return plan.score(str(tmp_path), "a folder", "en_ewt:dev", tests, "head", 0.03, (8,), 1, 50)
+
+    (tmp_path / "ner.jsonl").write_text(json.dumps(ner_line()) + "\n")
+    assert ["--data='a folder'" in command for command in commands()] == [True]
+    with open(tmp_path / "ner.jsonl", "a") as file:
+        file.write(json.dumps(ner_line("en_pud")))
+    assert commands() == []
+
+
+def test_a_pause_of_a_rise_is_no_compression():
+    """Bug: a dip early in a curve that ends at its highest counted as diversify, then compress."""
+    steps = np.arange(60.0)
+    dip = np.interp(steps, [0, 20, 25, 59], [10, 20, 18, 40])
+    assert report.phase(steps, dip)["verdict"] == report.RISE_AND_FALL
+    assert tables.rises_and_falls(steps, dip) is None
+    assert tables.rises_and_falls(steps, np.interp(steps, [0, 20, 59], [10, 20, 18]))["verdict"] == report.RISE_AND_FALL
+
+
 def test_the_tables_are_those_of_the_logs(tmp_path):
     shutil.copy(RESULTS / "README.md", tmp_path)
     (tmp_path / "logs").symlink_to(LOGS)
