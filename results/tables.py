@@ -309,7 +309,9 @@ def dose_panel(ax, title, lines):
     ax.set(xlabel="share of episodes, %", title=title)
     if len(lines) > 1:
         low, high = ax.get_ylim()
-        ax.set_ylim(low - 0.6 * (high - low), high)  # room for the legend
+        ticks = [y for y in ax.get_yticks() if low <= y <= high]
+        ax.set_ylim(low - 0.8 * (high - low), high)  # room for the legend
+        ax.set_yticks(ticks)
         ax.legend(loc="lower left")
 
 
@@ -318,10 +320,10 @@ def ner_panel(ax):
     lines = [(f"{mode}, {label}", ner(mode, 0, plan.TESTS[label]), {"color": color, "ls": dashes})
              for label, color in (("English", "#1b4f72"), ("zero-shot", "#5dade2"))
              for mode, dashes in (("full", "-"), ("head", "--"))]
-    dose_panel(ax, "F1 on NER, all sentences", lines)
     for label, _, style in lines[::2]:
         no_model = map(ner("majority", 0, plan.TESTS[label.removeprefix("full, ")]), runs("books", BASELINE))
         ax.axhline(np.nanmean(list(no_model)), color=style["color"], lw=0.6)
+    dose_panel(ax, "F1 on NER, all sentences", lines)
 
 
 def over_time_panel(ax, kind, title):

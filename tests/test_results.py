@@ -91,7 +91,7 @@ def test_a_pause_of_a_rise_is_no_compression():
     dip = np.interp(steps, [0, 20, 25, 59], [10, 20, 18, 40])
     assert report.phase(steps, dip)["verdict"] == report.RISE_AND_FALL
     assert tables.rises_and_falls(steps, dip) is None
-    assert tables.rises_and_falls(steps, np.interp(steps, [0, 20, 59], [10, 20, 18]))["verdict"] == report.RISE_AND_FALL
+    assert tables.rises_and_falls(steps, np.interp(steps, [0, 20, 59], [10, 20, 18]))["fall"] > 0.05
 
 
 def test_the_tables_are_those_of_the_logs(tmp_path):
