@@ -28,6 +28,9 @@ BASELINE = "share-0"
 NAMES = {"share-0": "vanilla", "share-5": "5%", "share-10": "10%", "share-25": "25%", "share-50": "50%",
          "half": "vanilla, half as long"}
 MISSING = "not run"
+# Of a NER result: what no table shows and is alike in all of them.
+NOT_COPIED = ("per_type", "checkpoint", "f1_strict", "words", "label", "bidirectional", "patience",
+              "batch_size")
 
 
 # ---- logs ----
@@ -60,7 +63,7 @@ def collect(out, logs):
         if (folder / "probes.jsonl").exists() and settings["max_steps"] > 0:
             copy_lines(folder / "probes.jsonl", target / "probes.jsonl", ("entropy_nats",))
         if (folder / "ner.jsonl").exists():
-            copy_lines(folder / "ner.jsonl", target / "ner.jsonl", ("per_type", "checkpoint"))
+            copy_lines(folder / "ner.jsonl", target / "ner.jsonl", NOT_COPIED)
 
 
 LOGS = Path(__file__).with_name("logs")  # main may set another folder
