@@ -179,7 +179,7 @@ PUBLISHED = [HALF, "--meta_weight=1", "--meta_start=0", "--ways=32", "--queries=
              "--head_layers=4", "--head_start=random", "--warmup_steps=1018"]
 BEST = [*MANY, "--meta_weight=0.05"]  # by the search
 RUNS = [  # corpus, arm, flags, seeds
-    *[("books", arm, DOSES[arm], SEEDS) for arm in ("share-0", "share-10", "share-50")],
+    *[("books", arm, DOSES[arm], (*SEEDS, 4)) for arm in ("share-0", "share-10", "share-50")],
     *[("books", arm, DOSES[arm], SEEDS[:1]) for arm in ("share-5", "share-25")],
     ("books", "best", BEST, SEEDS),
     ("books", "published-0.001", [*PUBLISHED, "--inner_lr=0.001"], SEEDS[:1]),

@@ -381,18 +381,18 @@ def tables():
     adaptation = [*ACCURACIES, *BETTER]
     losses = [LOSS, ("lowest validation loss", best("val/loss"), ".3f")]
     scarce = [*losses, *adaptation]
+    doses = [*(arm for arm in plan.DOSES if arm != BASELINE), "best"]
     published = ("share-0", "published-vanilla", "published-0.001", "published-0.01")
     return {
-        "dose": values_table("books", [*plan.DOSES, "best"],
-                             [*READ, LOSS, *adaptation, *PROBES]),
-        "differences": differences_table("books", ARMS, [LOSS, *adaptation, *PROBES]),
+        "dose": values_table("books", [BASELINE, *doses], [*READ, LOSS, *adaptation, *PROBES]),
+        "differences": differences_table("books", doses, [LOSS, *adaptation, *PROBES]),
         "rates": differences_table("books", ARMS, [
             (label, at_rates(key, *plan.RATES), ".3f") for label, key in KEYS.items()]),
         "domains": differences_table("books", ARMS, domain_losses("books")),
         "speedup": speedup_table("books", ARMS),
         "mixed": mixed("books", "share-50"),
         "published": values_table("books", published, [
-            LOSS, *((label, at_rates(key, 0.1), ".3f") for label, key in KEYS.items()), *PROBES]),
+            LOSS, *((label, at_rates(key, *plan.RATES), ".3f") for label, key in KEYS.items()), *PROBES]),
         "found": found_table(),
         "found-scarce": values_table("scarce-search", list(plan.SCARCE_SEARCH), losses),
         "ner": ner_table("books", ARMS),
