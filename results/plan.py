@@ -191,6 +191,7 @@ RUNS = [  # corpus, arm, flags, seeds
     ("scarce", "best", BEST, SEEDS),
     ("pydocs", "share-0", VANILLA, SEEDS),
     ("pydocs", "share-50", DOSES["share-50"], SEEDS),
+    ("pydocs", "half", VANILLA, SEEDS),
 ]
 
 

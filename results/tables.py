@@ -374,6 +374,7 @@ def figure():
 
 ARMS = ("share-10", "share-50", "best")
 SCARCE = ("share-50", "half", "best")
+PYDOCS = ("share-50", "half")
 
 
 def tables():
@@ -397,8 +398,8 @@ def tables():
         "found-scarce": values_table("scarce-search", list(plan.SCARCE_SEARCH), losses),
         "ner": ner_table("books", ARMS),
         "phases": phases_table("books", ["share-0", *ARMS]),
-        "pydocs": differences_table("pydocs", ["share-50"], [LOSS, *adaptation, *PROBES]),
-        "foreign": differences_table("foreign", ["share-50"], [*domain_losses("foreign"), *adaptation]),
+        "pydocs": differences_table("pydocs", PYDOCS, [LOSS, *adaptation, *PROBES]),
+        "foreign": differences_table("foreign", PYDOCS, [LOSS, *domain_losses("foreign"), *adaptation]),
         "scarce": values_table("scarce", ["share-0", *SCARCE], scarce),
         "scarce-differences": differences_table("scarce", SCARCE, scarce),
     }
