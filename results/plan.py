@@ -111,6 +111,8 @@ SEARCH = {
     "mask-decay": [TENTH, "--meta_decay=0.5"],
     "mask-start0": [TENTH, "--meta_start=0"],
     "mask-start50": [TENTH, "--meta_start=203"],
+    "mask-late": [TENTH, "--meta_start=203", "--meta_weight=0.1"],
+    "mask-late-steps1": [TENTH, "--meta_start=203", "--meta_weight=0.1", "--inner_steps=1"],
     "mask-inner0.03": [TENTH, "--inner_lr=0.03"],
     "mask-inner0.3": [TENTH, "--inner_lr=0.3"],
     "mask-steps1": [TENTH, "--inner_steps=1"],
@@ -178,9 +180,11 @@ DOSES = {f"share-{percent}": [f"--meta_share={percent / 100}"] for percent in (0
 PUBLISHED = [HALF, "--meta_weight=1", "--meta_start=0", "--ways=32", "--queries=1",
              "--head_layers=4", "--head_start=random", "--warmup_steps=1018"]
 BEST = [*MANY, "--meta_weight=0.05"]  # by the search
+LATE = [TENTH, "--meta_start=1221", "--meta_weight=0.1"]  # by the search the cheapest adaptation at the mask
 RUNS = [  # corpus, arm, flags, seeds
     *[("books", arm, DOSES[arm], (*SEEDS, 4)) for arm in ("share-0", "share-10", "share-50")],
     *[("books", arm, DOSES[arm], SEEDS[:1]) for arm in ("share-5", "share-25")],
+    ("books", "late", LATE, SEEDS),
     ("books", "best", BEST, SEEDS),
     ("books", "published-0.001", [*PUBLISHED, "--inner_lr=0.001"], SEEDS[:1]),
     ("books", "published-0.01", [*PUBLISHED, "--inner_lr=0.01"], SEEDS[:1]),
@@ -259,11 +263,11 @@ def ner(quick, folder):
     """Universal NER: fine-tuned on 1,801 sentences of English, or on a treebank of the language itself."""
     everywhere = list(itertools.chain(*TESTS.values()))
     for source, corpus, arm, _, _ in final_runs(quick):
-        if corpus != "books" or arm not in ("share-0", "share-10", "share-50", "best"):
+        if corpus != "books" or arm not in ("share-0", "share-10", "share-50", "late", "best"):
             continue
         for mode in ("majority", "head"):
             yield from score(source, folder, "en_ewt:dev", everywhere, mode, 0.03, (8, 32, 128, 0), 5, 50)
-        if quick or arm == "share-10":
+        if quick or arm in ("share-10", "late"):
             continue
         yield from score(source, folder, "en_ewt:dev", everywhere, "full", 3e-4, (0,), 3, 10)
         yield from score(source, folder, "en_ewt:dev", everywhere, "full", 3e-4, (8, 32, 128), 3, 30)
