@@ -185,13 +185,14 @@ RUNS = [  # corpus, arm, flags, seeds
     *[("books", arm, DOSES[arm], (*SEEDS, 4)) for arm in ("share-0", "share-10", "share-50")],
     *[("books", arm, DOSES[arm], SEEDS[:1]) for arm in ("share-5", "share-25")],
     ("books", "late", LATE, SEEDS),
+    ("books", "half", VANILLA, SEEDS),  # half as long: about as much text as share-50 reads
     ("books", "best", BEST, SEEDS),
     ("books", "published-0.001", [*PUBLISHED, "--inner_lr=0.001"], SEEDS[:1]),
     ("books", "published-0.01", [*PUBLISHED, "--inner_lr=0.01"], SEEDS[:1]),
     ("books", "published-vanilla", [*VANILLA, "--warmup_steps=1018"], SEEDS[:1]),
     ("scarce", "share-0", VANILLA, SEEDS),
     ("scarce", "share-50", DOSES["share-50"], SEEDS),
-    ("scarce", "half", VANILLA, SEEDS),  # vanilla training for half as long: as much text as share-50 reads
+    ("scarce", "half", VANILLA, SEEDS),
     ("scarce", "best", BEST, SEEDS),
     ("pydocs", "share-0", VANILLA, SEEDS),
     ("pydocs", "share-50", DOSES["share-50"], SEEDS),
@@ -215,8 +216,9 @@ def runs(quick):
     for out_dir, corpus, arm, seed, flags in final_runs(quick):
         steps = STEPS // 10 if quick else STEPS
         if quick:
-            flags = ["--meta_start=24", *flags, "--warmup_steps=40", "--eval_every=37", "--probe_every=8",
-                     "--log_every=8"]
+            starts = [flag for flag in ("--meta_start=244", *flags) if flag.startswith("--meta_start=")]
+            flags = [*flags, f"--meta_start={int(starts[-1].split('=')[1]) // 10}", "--warmup_steps=40",
+                     "--eval_every=37", "--probe_every=8", "--log_every=8"]
         if not is_done(out_dir):
             yield command(out_dir, corpus, seed, flags, steps // 2 if arm == "half" else steps)
 
@@ -263,14 +265,16 @@ def ner(quick, folder):
     """Universal NER: fine-tuned on 1,801 sentences of English, or on a treebank of the language itself."""
     everywhere = list(itertools.chain(*TESTS.values()))
     for source, corpus, arm, _, _ in final_runs(quick):
-        if corpus != "books" or arm not in ("share-0", "share-10", "share-50", "late", "best"):
+        if corpus != "books" or arm not in ("share-0", "share-10", "share-50", "late", "half", "best"):
             continue
         for mode in ("majority", "head"):
             yield from score(source, folder, "en_ewt:dev", everywhere, mode, 0.03, (8, 32, 128, 0), 5, 50)
-        if quick or arm in ("share-10", "late"):
+        if quick:
+            continue
+        yield from score(source, folder, "en_ewt:dev", everywhere, "full", 3e-4, (8, 32, 128), 3, 30)
+        if arm in ("share-10", "late", "half"):
             continue
         yield from score(source, folder, "en_ewt:dev", everywhere, "full", 3e-4, (0,), 3, 10)
-        yield from score(source, folder, "en_ewt:dev", everywhere, "full", 3e-4, (8, 32, 128), 3, 30)
         for name in IN_LANGUAGE:
             yield from score(source, folder, name, [name], "head", 0.03, (32, 0), 3, 50)
             yield from score(source, folder, name, [name], "full", 3e-4, (1000,), 1, 10)

@@ -397,7 +397,7 @@ def tables():
             LOSS, *((label, at_rates(key, *plan.RATES), ".3f") for label, key in KEYS.items()), *PROBES]),
         "found": found_table(),
         "found-scarce": values_table("scarce-search", list(plan.SCARCE_SEARCH), losses),
-        "ner": ner_table("books", ARMS),
+        "ner": ner_table("books", (*ARMS, "half")),
         "phases": phases_table("books", ["share-0", *ARMS]),
         "pydocs": differences_table("pydocs", PYDOCS, [LOSS, *adaptation, *PROBES]),
         "foreign": differences_table("foreign", PYDOCS, [LOSS, *domain_losses("foreign"), *adaptation]),
