@@ -10,5 +10,7 @@ d_model = 96
 global_batch_size = 256
 batch_size = 16  # per GPU; not measured on one yet
 
-meta_share = 0.1
 queries = 4
+meta_share = 0.1
+meta_start = 3000
+meta_weight = 0.1

@@ -23,8 +23,11 @@ batch_size = 8  # per GPU; not measured on one yet
 # - The inner rate is 25.6 / d_model (inner_lr = 0, the default), since the squared norm of a normalised
 #   feature is d_model. At 192 and 256, 0.1 to 0.3 was best; other widths follow this rule, unmeasured.
 # - 4 queries instead of 1: only the query gives an outer gradient.
-# - A tenth of the micro-steps are episodes (paper: half). At the demo's size features adapt as well by a
-#   tenth, for 0.05 nats instead of 0.29 (results/README.md); larger sizes are not measured. As published:
-#   --meta_share=0.5.
+# - A tenth of the micro-steps of the second half are episodes, at a tenth of the weight (paper: half of all,
+#   at full weight). At the demo's size that brings most of what episodes can bring for 0.01 nats instead of
+#   0.29 (results/README.md); larger sizes are not measured. As published: --meta_share=0.5 --meta_start=0
+#   --meta_weight=1.
 queries = 4
 meta_share = 0.1
+meta_start = 3000
+meta_weight = 0.1

@@ -43,6 +43,14 @@ def test_the_plan_gives_the_updates_that_had_equal_flops(arm):
     assert plan.updates(plan.merged(flags), plan.STEPS) == config["max_steps"]
 
 
+def test_quick_runs_read_episodes(monkeypatch):
+    """Bug: episodes that begin in the second half of a whole run began after the end of a quick one."""
+    monkeypatch.setattr(plan, "final_runs", lambda quick: [("out/late-1", "books", "late", 1, plan.LATE)])
+    command, = plan.runs(quick=True)
+    flags = dict(flag.split("=") for flag in command.split() if flag.startswith("--"))
+    assert int(flags["--meta_start"]) == pytest.approx(int(flags["--max_steps"]) / 2, abs=2)
+
+
 def test_a_cell_of_differences_is_a_paired_test_by_seed():
     """Read from the logs and tested without report.py; a run of one arm alone does not count."""
     stats = pytest.importorskip("scipy.stats")

@@ -729,6 +729,7 @@ def test_the_papers_configs_run_two_updates(toy, tmp_path, name):
             "--batch_size=1",
             "--meta_blocks=2",
             "--meta_share=0.5",
+            "--meta_start=0",
             "--window=4",
             "--queries=1",
             "--eval_sequences=1",
@@ -751,7 +752,7 @@ def test_the_papers_configs_run_two_updates(toy, tmp_path, name):
 def test_configs_load_with_the_overlay_and_their_batch_divides(name):
     path = str(ROOT / "configs" / f"{name}.py")
     cfg = config.load(Config, [path])
-    assert cfg.meta_share == 0.1
+    assert (cfg.meta_share, cfg.meta_weight, cfg.meta_start / cfg.max_steps) == (0.1, 0.1, 0.5)
     assert config.load(Config, [path, str(ROOT / "configs" / "vanilla.py")]) == replace(cfg, meta_share=0.0)
     for world in (1, 2) if name == "demo" else (1, 4, 8):
         Schedule(cfg, world)
