@@ -28,9 +28,6 @@ FILES = ["configs/demo.py", "results/long.py"]
 STEPS, SEARCH_STEPS = 2442, 407
 SEEDS = (1, 2, 3)
 RATES = (0.01, 0.03, 0.1, 0.3)  # of the inner loop, at which adaptation is measured again
-IN_LANGUAGE = ("da_ddt", "hr_set", "pt_bosque", "sk_snk")
-TESTS = {"English": ("en_ewt", "en_pud"), "zero-shot": IN_LANGUAGE,
-         "ceb_gja and tl_trg": ("ceb_gja", "tl_trg")}
 
 
 # ---- equal FLOPs ----
@@ -226,11 +223,22 @@ def runs(quick):
 # ---- what is measured of their checkpoints ----
 
 
+def is_trained(out_dir):
+    """Whether a run has made all of its updates, so that its checkpoint is the last."""
+    settings = Path(out_dir, "config.json")
+    return settings.exists() and Path(out_dir, f"ckpt_{last_step(out_dir):06d}.pt").exists()
+
+
+def last_step(out_dir):
+    return json.loads(Path(out_dir, "config.json").read_text())["max_steps"]
+
+
 def measurement(out_dir, corpus, source, seed, *flags):
     """[command] of a run of no updates: losses and adaptation of the checkpoint that it starts from."""
     settings = [f"--data=data/{corpus}", f"--out_dir={out_dir}", f"--init_from={source}", "--max_steps=0",
                 *VANILLA, f"--seed={seed}", *flags]
-    return [] if is_done(out_dir) else [" ".join(["python train.py", *FILES, *settings])]
+    to_do = is_trained(source) and not is_done(out_dir)
+    return [" ".join(["python train.py", *FILES, *settings])] if to_do else []
 
 
 def measurements(quick):
@@ -249,41 +257,50 @@ def measurements(quick):
                 yield from measurement(out_dir, corpus, source, seed, f"--inner_lr={rate}")
 
 
-def score(source, folder, train, tests, mode, lr, shots, seeds, epochs):
-    """[command] that fine-tunes and scores, unless ner.jsonl has all its results."""
+IN_LANGUAGE = ("da_ddt", "hr_set", "pt_bosque", "sk_snk")
+TESTS = {"English": ("en_ewt", "en_pud"), "zero-shot": IN_LANGUAGE,
+         "ceb_gja and tl_trg": ("ceb_gja", "tl_trg")}
+EVERYWHERE = tuple(itertools.chain(*TESTS.values()))
+ENGLISH = "en_ewt:dev"  # 1,801 sentences of English, on which models are fine-tuned
+NER_RATES = {"head": 0.03, "full": 3e-4}  # learning rates
+WITH_ALL = ("share-0", "share-50", "best")
+SCORED = (*WITH_ALL, "share-10", "late", "half")
+FINE_TUNING = [  # arms, mode, train, test, sentences (0: all), draws of them, epochs
+    (("share-0",), "majority", ENGLISH, EVERYWHERE, (8, 32, 128, 0), 5, 0),  # needs no model
+    (SCORED, "head", ENGLISH, EVERYWHERE, (8, 32, 128, 0), 5, 50),
+    (SCORED, "full", ENGLISH, EVERYWHERE, (8, 32, 128), 3, 30),
+    (WITH_ALL, "full", ENGLISH, EVERYWHERE, (0,), 3, 10),
+    *[(WITH_ALL, "head", name, (name,), (32, 0), 3, 50) for name in IN_LANGUAGE],
+    *[(WITH_ALL, "full", name, (name,), (1000,), 1, 10) for name in IN_LANGUAGE],
+]
+
+
+def scored(source):
+    """What ner.jsonl has of the last checkpoint: {(mode, train, sentences, draw, test)}."""
     path = Path(source, "ner.jsonl")
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {(line["mode"], line["train"], line["shots"], line["seed"], line["test"]) for line in lines}
-    if done >= {(mode, train, *rest) for rest in itertools.product(shots, range(1, seeds + 1), tests)}:
-        return []
-    return [f"python eval_ner.py {source} --data={shlex.quote(folder)} --train={train}"
-            f" --test={','.join(tests)} --mode={mode} --lr={lr} --shots={','.join(map(str, shots))}"
-            f" --seeds={seeds} --epochs={epochs} --patience={epochs}"]
+    return {(line["mode"], line["train"], line["shots"], line["seed"], line["test"])
+            for line in lines if line["step"] == last_step(source)}
 
 
 def ner(quick, folder):
-    """Universal NER: fine-tuned on 1,801 sentences of English, or on a treebank of the language itself."""
-    everywhere = list(itertools.chain(*TESTS.values()))
+    """Universal NER: fine-tuned in English or, as IN_LANGUAGE, on the train split of the language itself."""
     for source, corpus, arm, _, _ in final_runs(quick):
-        if corpus != "books" or arm not in ("share-0", "share-10", "share-50", "late", "half", "best"):
+        if corpus != "books" or not is_trained(source):
             continue
-        for mode in ("majority", "head"):
-            yield from score(source, folder, "en_ewt:dev", everywhere, mode, 0.03, (8, 32, 128, 0), 5, 50)
-        if quick:
-            continue
-        yield from score(source, folder, "en_ewt:dev", everywhere, "full", 3e-4, (8, 32, 128), 3, 30)
-        if arm in ("share-10", "late", "half"):
-            continue
-        yield from score(source, folder, "en_ewt:dev", everywhere, "full", 3e-4, (0,), 3, 10)
-        for name in IN_LANGUAGE:
-            yield from score(source, folder, name, [name], "head", 0.03, (32, 0), 3, 50)
-            yield from score(source, folder, name, [name], "full", 3e-4, (1000,), 1, 10)
+        for arms, mode, train_on, tests, shots, draws, epochs in FINE_TUNING[:2] if quick else FINE_TUNING:
+            results = itertools.product([mode], [train_on], shots, range(1, draws + 1), tests)
+            if arm in arms and not scored(source) >= set(results):
+                training = f" --lr={NER_RATES[mode]} --epochs={epochs} --patience={epochs}" if epochs else ""
+                yield (f"python eval_ner.py {source} --data={shlex.quote(folder)} --train={train_on}"
+                       f" --test={','.join(tests)} --mode={mode} --shots={','.join(map(str, shots))}"
+                       f" --seeds={draws}{training}")
 
 
 def fetch(folder):
     """Downloads the treebanks that are missing, so that no two commands do at the same time; no commands."""
-    eval_ner.resolve("en_ewt:dev", "train", folder)
-    eval_ner.resolve(",".join(itertools.chain(*TESTS.values())), "test", folder)
+    eval_ner.resolve(ENGLISH, "train", folder)
+    eval_ner.resolve(",".join(EVERYWHERE), "test", folder)
     for split in ("train", "dev"):
         eval_ner.resolve(",".join(f"{name}:{split}" for name in IN_LANGUAGE), split, folder)
     return []

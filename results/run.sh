@@ -17,7 +17,7 @@ python -c "import scipy" 2> /dev/null || { echo "first: pip install -r requireme
 texts() { printf '%s\n' "$corpus"/*."$1".txt | paste -sd, -; }
 prepare() { [ -e "data/$1" ] || python prepare.py --out="data/$1" "${@:2}"; }
 # A command that fails stops no other: its cells of the tables say "not run".
-work() { python results/plan.py "$@" | tr '\n' '\0' | xargs -0 -n 1 -P "$jobs" sh -c || failed+=" $1"; }
+work() { python results/plan.py "$@" | tr '\n' '\0' | xargs -0 -n 1 -P "$jobs" sh -c 'sh -c "$1" || exit 1' _ || failed+=" $1"; }
 score() { python results/plan.py fetch "$treebanks" && work ner "$treebanks" "$@" || failed+=" fetch"; }
 
 prepare pydocs

@@ -26,23 +26,28 @@ from report import difference, last_values, markdown, mean_std  # noqa: E402
 
 BASELINE = "share-0"
 NAMES = {"share-0": "vanilla", "share-5": "5%", "share-10": "10%", "share-25": "25%", "share-50": "50%",
-         "late": "10%, late", "half": "vanilla, half as long"}
+         "late": "late, light", "half": "half as long"}
 MISSING = "not run"
-# Of a NER result: what no table shows and is alike in all of them.
-NOT_COPIED = ("per_type", "checkpoint", "f1_strict", "words", "label", "bidirectional", "patience",
-              "batch_size")
+NOT_COPIED = {  # what no table shows, to keep the logs small
+    "log.jsonl": "mfu|tok_per_s|data_wait|skipped|val/.*_unadapted|val/(new_)?query_.*",
+    "probes.jsonl": "entropy_nats/.*|tokens|flops|seconds",
+    "ner.jsonl": "checkpoint|per_type|f1_strict|precision|recall|dev_f1|sentences|words|label|bidirectional"
+                 "|lr|epochs?|patience|batch_size",
+}
 
 
 # ---- logs ----
 
 
-def rounded(value):
-    return float(f"{value:.5g}") if isinstance(value, float) else value
+def copy_lines(source, target):
+    """Copies a .jsonl with the digits that its numbers are good for: five, of probes four."""
+    left_out = re.compile(NOT_COPIED[source.name])
+    digits = 4 if source.name == "probes.jsonl" else 5
 
+    def rounded(value):
+        return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
-def copy_lines(source, target, leave_out=()):
-    """Copies a .jsonl with five digits of each number, which is what it is good for."""
-    lines = [{key: rounded(value) for key, value in json.loads(line).items() if not key.startswith(leave_out)}
+    lines = [{key: rounded(value) for key, value in json.loads(line).items() if not left_out.fullmatch(key)}
              for line in source.read_text().splitlines()]
     target.write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
 
@@ -59,11 +64,9 @@ def collect(out, logs):
         target = logs / folder.relative_to(out)
         target.mkdir(parents=True, exist_ok=True)
         shutil.copy(folder / "config.json", target)
-        copy_lines(folder / "log.jsonl", target / "log.jsonl")
-        if (folder / "probes.jsonl").exists() and settings["max_steps"] > 0:
-            copy_lines(folder / "probes.jsonl", target / "probes.jsonl", ("entropy_nats",))
-        if (folder / "ner.jsonl").exists():
-            copy_lines(folder / "ner.jsonl", target / "ner.jsonl", NOT_COPIED)
+        for name in NOT_COPIED:
+            if (folder / name).exists() and (name != "probes.jsonl" or settings["max_steps"] > 0):
+                copy_lines(folder / name, target / name)
 
 
 LOGS = Path(__file__).with_name("logs")  # main may set another folder
@@ -87,19 +90,19 @@ def detectable(n):
     return optimize.brentq(lambda d: stats.nct.sf(t, n - 1, d * math.sqrt(n)) - 0.8, 0.0, 20.0)
 
 
-def paired(corpus, arm, measure):
-    """(values of the arm, values of vanilla training) of the seeds that both have."""
-    values = [{run["seed"]: measure(run) for run in runs(corpus, name)} for name in (arm, BASELINE)]
+def paired(corpus, arm, measure, baseline=BASELINE):
+    """(values of the arm, values of the baseline) of the seeds that both have."""
+    values = [{run["seed"]: measure(run) for run in runs(corpus, name)} for name in (arm, baseline)]
     seeds = [seed for seed in values[0] if not math.isnan(values[0][seed] - values[1].get(seed, math.nan))]
     return [[of_arm[seed] for seed in seeds] for of_arm in values]
 
 
-def compared(corpus, arm, measure, form):
-    """"difference (p; could have been seen)" of an arm and vanilla training, paired by seed.
+def compared(corpus, arm, measure, form, baseline=BASELINE):
+    """"difference (p; could have been seen)" of an arm and a baseline, paired by seed.
 
     Without a test of fewer than three pairs, whose number is given instead.
     """
-    ours, theirs = paired(corpus, arm, measure)
+    ours, theirs = paired(corpus, arm, measure, baseline)
     if not ours:
         return MISSING
     delta, _, p = difference(ours, theirs, paired=True)
@@ -110,8 +113,10 @@ def compared(corpus, arm, measure, form):
 
 
 def spread(corpus, arm, measure, form):
+    """Mean ± standard deviation over seeds, with the number of seeds where not all have the measure."""
     found = [value for run in runs(corpus, arm) if not math.isnan(value := measure(run))]
-    return mean_std(found, form) if found else MISSING
+    number = f" ({len(found)})" if len(found) < len(runs(corpus, arm)) else ""
+    return mean_std(found, form) + number if found else MISSING
 
 
 # ---- measures: run -> number ----
@@ -119,6 +124,15 @@ def spread(corpus, arm, measure, form):
 
 def last(key):
     return lambda run: last_values([[run]], key)[0][0]
+
+
+def of_training(key):
+    """The mean over the last tenth of a run's lines that have the metric."""
+    def measure(run):
+        values = report.curve(run, key)[key]
+        return values[-max(len(values) // 10, 1):].mean() if len(values) else math.nan
+
+    return measure
 
 
 def best(key):
@@ -151,13 +165,16 @@ def at_rates(key, *rates):
     return measure
 
 
-def ner(mode, shots, tests, train="en_ewt:dev"):
-    """The mean F1 in percent over treebanks and fine-tuning seeds; nan if a run was not scored on all."""
+def ner(mode, shots, tests, train=plan.ENGLISH):
+    """The mean F1 in percent over numbers of sentences, treebanks and draws; nan if any was not scored."""
+    draws = {n: range(1, row[5] + 1) for row in plan.FINE_TUNING if (row[1], row[2]) == (mode, train)
+             for n in row[4]}
+    wanted = [(n, test, draw) for n in shots for test in tests for draw in draws[n]]
+
     def measure(run):
-        scores = {(line["test"], line["seed"]): 100 * line["f1"] for line in run["ner"]
-                  if (line["mode"], line["train"], line["shots"]) == (mode, train, shots)}  # the later counts
-        seeds = {seed for _, seed in scores}
-        return np.mean([scores.get(key, math.nan) for key in itertools.product(tests, seeds)] or math.nan)
+        scores = {(line["shots"], line["test"], line["seed"]): 100 * line["f1"] for line in run["ner"]
+                  if (line["mode"], line["train"], line["step"]) == (mode, train, run["config"]["max_steps"])}
+        return np.mean([scores.get(key, math.nan) for key in wanted])  # of two results the later counts
 
     return measure
 
@@ -170,6 +187,8 @@ BETTER = [(f"accuracy on {words}, the better read-out", better(kind), ".3f")
           for kind, words in report.WORDS.items()]
 READ = [("updates", lambda run: run["log"][-1]["step"], ".0f"),
         ("tokens read as text, millions", lambda run: run["log"][-1]["tokens"] / 1e6, ".2f")]
+QUERIES = [("query loss in training, nats", of_training("meta/query_loss"), ".3f"),
+           ("query accuracy in training", of_training("meta/query_acc"), ".3f")]
 PROBES = [("effective rank of the residual stream", last_probe("rank/resid"), ".1f"),
           ("attention entropy", last_probe("entropy"), ".3f")]
 
@@ -182,34 +201,47 @@ def domain_losses(corpus):
 # ---- tables: rows of Markdown ----
 
 
+def named(arm):
+    return NAMES.get(arm, arm)
+
+
 def values_table(corpus, arms, measures):
     """A column for each arm: mean ± standard deviation over seeds."""
-    head = ["", *(f"{NAMES.get(arm, arm)} ({len(runs(corpus, arm))})" for arm in arms)]  # how many seeds
+    head = ["", *(f"{named(arm)} ({len(runs(corpus, arm))})" for arm in arms)]  # how many seeds
     return markdown([head, *([label, *(spread(corpus, arm, measure, form) for arm in arms)]
                              for label, measure, form in measures)])
 
 
-def differences_table(corpus, arms, measures):
-    """A column for each arm: the difference to vanilla training of the same seeds."""
-    head = ["", *(f"{NAMES.get(arm, arm)} - vanilla" for arm in arms)]
-    return markdown([head, *([label, *(compared(corpus, arm, measure, form) for arm in arms)]
+def differences_table(corpus, columns, measures):
+    """A column for each (arm, baseline): the difference of runs of the same seeds."""
+    head = ["", *(f"{named(arm)} - {named(base)}" for arm, base in columns)]
+    return markdown([head, *([label, *(compared(corpus, arm, measure, form, base) for arm, base in columns)]
                              for label, measure, form in measures)])
 
 
+def to_vanilla(*arms):
+    return [(arm, BASELINE) for arm in arms]
+
+
 def found_table():
-    """What the search tried: flags and, of one run each, the differences to vanilla training."""
+    """What the search tried: of one run each, the differences to vanilla training."""
     measures = [LOSS, *ACCURACIES]
     runs_of = {name: runs("found", name) for name in plan.SEARCH}
     base = [measure(runs_of["vanilla"][0]) for _, measure, _ in measures] if runs_of["vanilla"] else []
-    rows = [["", *(label.removeprefix("accuracy on held-out ") for label, _, _ in measures), "flags"]]
-    for name, flags in plan.SEARCH.items():
+    rows = [["", *(label.removeprefix("accuracy on held-out ") for label, _, _ in measures)]]
+    for name in plan.SEARCH:
         cells = [MISSING] * len(measures)
         if base and runs_of[name]:
             sign = "" if name == "vanilla" else "+"
             cells = [format(measure(runs_of[name][0]) - (value if sign else 0), sign + form)
                      for (_, measure, form), value in zip(measures, base)]
-        rows.append([name, *cells, f"`{' '.join(plan.merged(flags))}`"])
+        rows.append([name, *cells])
     return markdown(rows)
+
+
+def flags_table(variants):
+    rows = [[name, f"`{' '.join(plan.merged(flags))}`"] for name, flags in variants.items()]
+    return markdown([["", "flags"], *rows], right=False)
 
 
 def own_language(mode, shots):
@@ -220,23 +252,37 @@ def own_language(mode, shots):
     return measure
 
 
-def ner_table(corpus, arms):
-    """F1 of no model and of vanilla training, and the arms' differences to the latter."""
-    rows = [["", "no model", f"vanilla ({sum(bool(run['ner']) for run in runs(corpus, BASELINE))})",
-             *(f"{NAMES.get(arm, arm)} - vanilla" for arm in arms)]]
+FEW = (8, 32, 128)
+ALL = (0,)
+GROUPS = {"English": plan.TESTS["English"], "zero-shot, all six": plan.EVERYWHERE[2:],
+          "of these da, hr, pt, sk": plan.IN_LANGUAGE,
+          "of these ceb and tl": plan.TESTS["ceb_gja and tl_trg"]}
 
-    def add(label, measure, no_model=None):
-        rows.append([label, spread(corpus, BASELINE, no_model, ".1f").partition(" ")[0] if no_model else "",
-                     spread(corpus, BASELINE, measure, ".1f"),
-                     *(compared(corpus, arm, measure, ".1f") for arm in arms)])
 
-    for mode, shots in itertools.product(("head", "full"), (8, 32, 128, 0)):
-        for label, tests in plan.TESTS.items():
-            add(f"{mode}, {shots or 'all'} sentences, {label}", ner(mode, shots, tests),
-                ner("majority", shots, tests))
-    for mode, shots in (("head", 32), ("head", 0), ("full", 1000)):
-        add(f"{mode}, {shots or 'all'} sentences, in-language (4)", own_language(mode, shots))
-    return markdown(rows)
+def ner_rows(settings):
+    """(label, F1, F1 of no model) of settings (mode, numbers of sentences, label) and groups of treebanks."""
+    for mode, shots, label in settings:
+        for group, tests in GROUPS.items():
+            yield f"{mode}, {label}, {group}", ner(mode, shots, tests), ner("majority", shots, tests)
+
+
+def ner_summary():
+    """All that was scored, pooled over few sentences."""
+    yield from ner_rows([("head", FEW, "few sentences"), ("head", ALL, "all"), ("full", FEW, "few sentences"),
+                         ("full", ALL, "all")])
+    for mode, shots, label in (("head", (32,), "32 sentences"), ("head", ALL, "all"),
+                               ("full", (1000,), "1,000 sentences")):
+        yield f"{mode}, {label}, in-language, da, hr, pt, sk", own_language(mode, shots), None
+
+
+def ner_table(corpus, columns, rows):
+    """F1 of no model and of vanilla training, and differences of the columns (arm, baseline)."""
+    table = [["", "no model", "vanilla", *(f"{named(arm)} - {named(base)}" for arm, base in columns)]]
+    for label, measure, no_model in rows:
+        table.append([label, spread(corpus, BASELINE, no_model, ".1f").partition(" ")[0] if no_model else "",
+                      spread(corpus, BASELINE, measure, ".1f"),
+                      *(compared(corpus, arm, measure, ".1f", base) for arm, base in columns)])
+    return markdown(table)
 
 
 def rises_and_falls(steps, values):
@@ -246,15 +292,32 @@ def rises_and_falls(steps, values):
     return p if is_one else None
 
 
+def head_curves(runs):
+    """The curves of attention entropy as `report.layer_curves` has them, but by layer/head."""
+    curves = {}
+    for run in runs:
+        heads = (key for line in run["probes"] for key in line if key.startswith("entropy/"))
+        for head in dict.fromkeys(heads):
+            points = [(line["step"], line[head]) for line in run["probes"] if head in line]
+            curves.setdefault(head.removeprefix("entropy/"), []).append(np.array(points).T)
+    return curves
+
+
 def phases_table(corpus, arms):
-    """How many curves (layers x seeds) rise and then fall, and by how much of the peak, by kind of curve."""
-    rows = [["", *(NAMES.get(arm, arm) for arm in arms)]]
-    kinds = report.layer_curves(runs(corpus, BASELINE))
-    for kind in kinds:
+    """How many curves (layers or heads x seeds) rise and then fall, and by how much of the peak, by kind."""
+    rows = [["", *(named(arm) for arm in arms)]]
+    curves = {arm: report.layer_curves(runs(corpus, arm)) for arm in arms}
+    kinds = {kind: report.LABELS[kind] for kind in curves[BASELINE]}
+    if "entropy" in kinds:
+        kinds = {"entropy/head": "attention entropy, head by head", **kinds}
+        for arm in arms:
+            curves[arm]["entropy/head"] = head_curves(runs(corpus, arm))
+    for kind, label in kinds.items():
         cells = []
         for arm in arms:
-            by_layer = report.layer_curves(runs(corpus, arm)).get(kind, {})
-            results = [(layer, rises_and_falls(*c)) for layer, curves in by_layer.items() for c in curves]
+            by_layer = curves[arm].get(kind, {})
+            results = [(layer[:2], rises_and_falls(*c)) for layer, of_layer in by_layer.items()
+                       for c in of_layer]
             do = [(layer, p) for layer, p in results if p]
             cell = f"{len(do)} of {len(results)}"
             if do:
@@ -263,7 +326,7 @@ def phases_table(corpus, arms):
                 cell += (f": layers {report.layer_ranges(sorted({layer for layer, _ in do}))}, "
                          f"peak at {peaks[len(peaks) // 2]}, falls by {fall:.0%}")
             cells.append(cell)
-        rows.append([report.LABELS[kind], *cells])
+        rows.append([label, *cells])
     return markdown(rows, right=False)
 
 
@@ -284,15 +347,29 @@ def speedup_table(corpus, arms):
                 t = stats.t.isf(0.025, len(of_both) - 1)
                 ends = (ratios[-1] * math.exp(sign * t * errors[-1]) for sign in (-1, 1))
                 cells[2:] = ["{:.2f} to {:.2f}".format(*ends), f"{p:.1g}"]
-        rows.append([NAMES.get(arm, arm), *cells])
+        rows.append([named(arm), *cells])
     return markdown(rows)
 
 
-def mixed(corpus, arm):
-    groups = [runs(corpus, arm), runs(corpus, BASELINE)]
-    if not all(groups):
-        return ""
-    return "\n\n".join(report.mixed_curve(groups, [NAMES[arm], "vanilla"])[2:])
+def mixed_table(corpus, arms):
+    """The last training loss of each arm by both curves, and how much sooner it seems to be there."""
+    rows = [["", "loss of text", "vanilla's", "seems sooner", "mixed curve", "vanilla's", "seems sooner"]]
+    for arm in arms:
+        of_both = {run["seed"] for run in runs(corpus, arm)} & {run["seed"] for run in runs(corpus, BASELINE)}
+        cells = []
+        for with_queries in (False, True):
+            ours, theirs = ([report.training_curve(run, with_queries) for run in runs(corpus, name)
+                             if run["seed"] in of_both] for name in (arm, BASELINE))
+            if not of_both:
+                cells += [MISSING] * 3
+                continue
+            last, of_vanilla = (np.mean([losses[-1] for _, losses in curves]) for curves in (ours, theirs))
+            needed = np.mean([report.reach(losses, steps, last) for steps, losses in theirs])
+            ratio = needed / np.mean([steps[-1] for steps, _ in ours])
+            cells += [f"{last:.3f}", f"{of_vanilla:.3f}",
+                      "vanilla is never there" if math.isnan(ratio) else f"{ratio:.2f} times"]
+        rows.append([f"{named(arm)} ({len(of_both)})", *cells])
+    return markdown(rows)
 
 
 # ---- the figure ----
@@ -302,7 +379,7 @@ COLORS = {"share-0": "#2c6fbb", "share-10": "#e08e2b", "share-50": "#c0392b", "l
 
 
 def dose_panel(ax, title, lines):
-    """Against the share of episodes: each run a dot, the arms' means a line."""
+    """Against the share of episodes: each run a dot, the arms' means a line; a diamond is "late, light"."""
     for label, measure, style in lines:
         points = [(int(arm.removeprefix("share-")), y) for arm in plan.DOSES
                   for y in map(measure, runs("books", arm)) if not math.isnan(y)]
@@ -310,6 +387,9 @@ def dose_panel(ax, title, lines):
         means = [np.mean([y for x, y in points if x == share]) for share in shares]
         ax.plot(shares, means, label=label, **style)
         ax.plot([x for x, _ in points], [y for _, y in points], ".", color=style["color"], ms=4)
+        late = [y for y in map(measure, runs("books", "late")) if not math.isnan(y)]
+        if late:
+            ax.plot(5, np.mean(late), "D", color=style["color"], mfc="none", ms=5)
     ax.set(xlabel="share of episodes, %", title=title)
     if len(lines) > 1:
         low, high = ax.get_ylim()
@@ -320,26 +400,25 @@ def dose_panel(ax, title, lines):
 
 
 def ner_panel(ax):
-    """F1 by all sentences, and as thin lines that of no model."""
-    lines = [(f"{mode}, {label}", ner(mode, 0, plan.TESTS[label]), {"color": color, "ls": dashes})
-             for label, color in (("English", "#1b4f72"), ("zero-shot", "#5dade2"))
+    """F1 by few sentences."""
+    lines = [(f"{mode}, {label}", ner(mode, FEW, GROUPS[group]), {"color": color, "ls": dashes})
+             for label, group, color in (("English", "English", "#1b4f72"),
+                                         ("zero-shot", "zero-shot, all six", "#5dade2"))
              for mode, dashes in (("full", "-"), ("head", "--"))]
-    for label, _, style in lines[::2]:
-        no_model = map(ner("majority", 0, plan.TESTS[label.removeprefix("full, ")]), runs("books", BASELINE))
-        ax.axhline(np.nanmean(list(no_model)), color=style["color"], lw=0.6)
-    dose_panel(ax, "F1 on NER, all sentences", lines)
+    dose_panel(ax, "F1 on NER, few sentences", lines)
 
 
-def over_time_panel(ax, kind, title):
+def over_time_panel(ax, kind, title, legend):
     curves = []
     for arm, color in COLORS.items():
         by_layer = report.layer_curves(runs("books", arm)).get(kind, {})
         means = [report.mean_curve(of_layer) for of_layer in by_layer.values()]
         if means:
             curves.append(report.mean_curve(means))
-            ax.plot(*curves[-1], color=color, label=NAMES.get(arm, arm))
+            ax.plot(*curves[-1], color=color, label=named(arm))
     ax.set(xlabel="updates", title=title, ylim=report.y_limits(curves))
-    ax.legend()
+    if legend:
+        ax.legend()
 
 
 def domains_panel(ax):
@@ -347,7 +426,7 @@ def domains_panel(ax):
         found = [np.subtract(*paired("books", arm, measure)) for _, measure, _ in domain_losses("books")]
         for y, values in enumerate(found):
             ax.plot(values, [y] * len(values), ".", color=COLORS[arm], ms=5)
-        ax.plot([], [], ".", color=COLORS[arm], label=NAMES.get(arm, arm))
+        ax.plot([], [], ".", color=COLORS[arm], label=named(arm))
     labels = [label.removeprefix("loss on ") for label, _, _ in domain_losses("books")]
     ax.set_yticks(range(len(labels)), labels)
     ax.axvline(0, color="gray", lw=0.6)
@@ -366,16 +445,14 @@ def figure():
     if any(run["ner"] for run in runs("books", BASELINE)):
         panels.append(ner_panel)
     panels += [domains_panel,
-               partial(over_time_panel, kind="rank/resid", title=report.LABELS["rank/resid"]),
-               partial(over_time_panel, kind="entropy", title=report.LABELS["entropy"])]
+               partial(over_time_panel, kind="rank/resid", title=report.LABELS["rank/resid"], legend=False),
+               partial(over_time_panel, kind="entropy", title=report.LABELS["entropy"], legend=True)]
     return report.draw(report.in_threes("", panels), size=(3.4, 2.7), font=10)
 
 
 # ---- README.md ----
 
 ARMS = ("share-10", "share-50", "late", "best")
-SCARCE = ("share-50", "half", "best")
-PYDOCS = ("share-50", "half")
 
 
 def tables():
@@ -384,25 +461,35 @@ def tables():
     losses = [LOSS, ("lowest validation loss", best("val/loss"), ".3f")]
     scarce = [*losses, *adaptation]
     doses = [*(arm for arm in plan.DOSES if arm != BASELINE), "late", "best"]
-    published = ("share-0", "published-vanilla", "published-0.001", "published-0.01")
+    published = ("published-vanilla", "published-0.001", "published-0.01")
+    at_best_rate = [(label, at_rates(key, *plan.RATES), ".3f") for label, key in KEYS.items()]
+    to_half = [("half", BASELINE), ("share-50", "half")]
+    sizes = [((n,), f"{n or 'all'} sentences") for n in (*FEW, *ALL)]
+    ner_columns = [*to_vanilla(*ARMS), *to_half]
     return {
-        "dose": values_table("books", [BASELINE, *doses], [*READ, LOSS, *adaptation, *PROBES]),
-        "differences": differences_table("books", doses, [LOSS, *adaptation, *PROBES]),
-        "rates": differences_table("books", ARMS, [
-            (label, at_rates(key, *plan.RATES), ".3f") for label, key in KEYS.items()]),
-        "domains": differences_table("books", ARMS, domain_losses("books")),
+        "dose": values_table("books", [BASELINE, *doses, "half"], [*READ, LOSS, *adaptation, *PROBES]),
+        "differences": differences_table("books", [*to_vanilla(*doses), *to_half],
+                                         [LOSS, *adaptation, *PROBES]),
+        "rates": differences_table("books", to_vanilla(*ARMS), at_best_rate),
+        "domains": differences_table("books", to_vanilla(*ARMS), domain_losses("books")),
         "speedup": speedup_table("books", ARMS),
-        "mixed": mixed("books", "share-50"),
-        "published": values_table("books", published, [
-            LOSS, *((label, at_rates(key, *plan.RATES), ".3f") for label, key in KEYS.items()), *PROBES]),
+        "mixed": mixed_table("books", ("share-10", "share-50", "published-0.01", "published-0.001")),
+        "published": values_table("books", [BASELINE, *published], [LOSS, *QUERIES, *at_best_rate, *PROBES]),
         "found": found_table(),
+        "found-flags": flags_table(plan.SEARCH),
         "found-scarce": values_table("scarce-search", list(plan.SCARCE_SEARCH), losses),
-        "ner": ner_table("books", (*ARMS, "half")),
-        "phases": phases_table("books", ["share-0", *ARMS]),
-        "pydocs": differences_table("pydocs", PYDOCS, [LOSS, *adaptation, *PROBES]),
-        "foreign": differences_table("foreign", PYDOCS, [LOSS, *domain_losses("foreign"), *adaptation]),
-        "scarce": values_table("scarce", ["share-0", *SCARCE], scarce),
-        "scarce-differences": differences_table("scarce", SCARCE, scarce),
+        "found-scarce-flags": flags_table(plan.SCARCE_SEARCH),
+        "ner": ner_table("books", ner_columns, ner_summary()),
+        "ner-sizes": ner_table("books", ner_columns, ner_rows(
+            (mode, shots, label) for mode in ("head", "full") for shots, label in sizes)),
+        "phases": phases_table("books", [BASELINE, *ARMS]),
+        "pydocs": differences_table("pydocs", [*to_vanilla("share-50"), *to_half],
+                                    [LOSS, *adaptation, *PROBES]),
+        "foreign": differences_table("foreign", [*to_vanilla("share-50"), *to_half],
+                                     [LOSS, *domain_losses("foreign"), *adaptation]),
+        "scarce": values_table("scarce", [BASELINE, "share-50", "half", "best"], scarce),
+        "scarce-differences": differences_table("scarce", [*to_vanilla("share-50", "best"), *to_half],
+                                                scarce),
     }
 
 

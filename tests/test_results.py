@@ -66,31 +66,61 @@ def test_a_cell_of_differences_is_a_paired_test_by_seed():
     assert cell.startswith(f"{difference:+.3f} ({p:.1g}; ")
 
 
-def ner_line(test="en_ewt", seed=1, f1=0.25):
-    return {"mode": "head", "train": "en_ewt:dev", "shots": 8, "seed": seed, "test": test, "f1": f1}
+def ner_run(path=None, **lines):
+    """A run that was scored: of each given list the draws that are there, by treebank."""
+    setting = {"mode": "full", "train": "en_ewt:dev", "shots": 0, "step": 9}
+    lines = [{**setting, "test": test, "seed": draw, "f1": f1}
+             for test, found in lines.items() for draw, f1 in found]
+    if path:
+        (path / "config.json").write_text('{"max_steps": 9}')
+        (path / "ckpt_000009.pt").touch()
+        (path / "ner.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return {"ner": lines, "config": {"max_steps": 9}}
 
 
-def test_f1_is_of_runs_that_were_scored_on_all_treebanks():
-    """Bug: what was scored twice, after a stop, counted twice, and half of the treebanks as all of them."""
-    measure = tables.ner("head", 8, ("en_ewt", "en_pud"))
-    assert math.isnan(measure({"ner": []}))
-    assert math.isnan(measure({"ner": [ner_line()]}))
-    complete = [ner_line(), ner_line(f1=0.5), ner_line("en_pud", f1=0.3)]
-    assert measure({"ner": complete}) == pytest.approx(40)
-    assert math.isnan(measure({"ner": [*complete, ner_line(seed=2)]}))
+def test_f1_is_of_runs_that_were_scored_completely():
+    """Bugs: twice the same counted twice; half of the treebanks, or of the draws, counted as all of them."""
+    measure = tables.ner("full", (0,), ("en_ewt", "en_pud"))  # three draws, as plan.py has them
+    draws = [(1, 0.25), (2, 0.25), (3, 0.25)]
+    assert math.isnan(measure(ner_run()))
+    assert math.isnan(measure(ner_run(en_ewt=draws)))
+    assert math.isnan(measure(ner_run(en_ewt=draws[:2], en_pud=draws[:2])))
+    run = ner_run(en_ewt=[(1, 0.0), *draws], en_pud=[(draw, 0.35) for draw, _ in draws])
+    assert measure(run) == pytest.approx(30)
+    run["config"]["max_steps"] = 10
+    assert math.isnan(measure(run))  # of another checkpoint
 
 
-def test_scoring_is_done_when_all_treebanks_are(tmp_path):
-    """Bug: a run that stopped after the first treebank was not scored on the others."""
+def test_scoring_is_done_when_all_treebanks_are(tmp_path, monkeypatch):
+    """Bugs: a run that stopped after the first treebank was not scored on the others; and scores of a
+    checkpoint from halfway counted as those of the last."""
+    everything = [(draw, 0.5) for draw in (1, 2, 3)]
+    monkeypatch.setattr(plan, "final_runs", lambda quick: [(str(tmp_path), "books", "share-50", 1, [])])
+
     def commands():
-        tests = ["en_ewt", "en_pud"]
-        return plan.score(str(tmp_path), "a folder", "en_ewt:dev", tests, "head", 0.03, (8,), 1, 50)
+        return [command for command in plan.ner(False, "a folder") if "--mode=full --shots=0 " in command]
 
-    (tmp_path / "ner.jsonl").write_text(json.dumps(ner_line()) + "\n")
+    assert commands() == []  # there is no checkpoint yet
+    ner_run(tmp_path, en_ewt=everything)
     assert ["--data='a folder'" in command for command in commands()] == [True]
-    with open(tmp_path / "ner.jsonl", "a") as file:
-        file.write(json.dumps(ner_line("en_pud")))
+    ner_run(tmp_path, **dict.fromkeys(plan.EVERYWHERE, everything))
     assert commands() == []
+    lines = (tmp_path / "ner.jsonl").read_text().replace('"step": 9', '"step": 5')
+    (tmp_path / "ner.jsonl").write_text(lines)
+    assert len(commands()) == 1
+
+
+def test_only_finished_runs_are_measured(tmp_path):
+    """Bug: a run that was still going was measured at the checkpoint of the moment, and never again."""
+    (tmp_path / "config.json").write_text('{"max_steps": 9}')
+    (tmp_path / "ckpt_000005.pt").touch()
+    assert plan.measurement(tmp_path / "measured", "books", tmp_path, 1) == []
+    (tmp_path / "ckpt_000009.pt").touch()
+    assert len(plan.measurement(tmp_path / "measured", "books", tmp_path, 1)) == 1
+
+
+def test_the_logs_stay_small():
+    assert sum(path.stat().st_size for path in LOGS.rglob("*.jsonl")) < 5_000_000
 
 
 def test_a_pause_of_a_rise_is_no_compression():
