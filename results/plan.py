@@ -12,6 +12,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -260,17 +261,32 @@ def measurements(quick):
 IN_LANGUAGE = ("da_ddt", "hr_set", "pt_bosque", "sk_snk")
 EVERYWHERE = ("en_ewt", "en_pud", *IN_LANGUAGE, "ceb_gja", "tl_trg")
 ENGLISH = "en_ewt:dev"  # 1,801 sentences of English, on which models are fine-tuned
-NER_RATES = {"head": 0.03, "full": 3e-4}  # learning rates
+NER_RATES = {"majority": None, "head": 0.03, "full": 3e-4}  # learning rates
 WITH_ALL = ("share-0", "share-50", "best")
 SCORED = (*WITH_ALL, "share-10", "late", "half")
-FINE_TUNING = [  # arms, mode, train, test, sentences (0: all), draws of them, epochs
-    (("share-0",), "majority", ENGLISH, EVERYWHERE, (8, 32, 128, 0), 5, 0),  # needs no model
-    (SCORED, "head", ENGLISH, EVERYWHERE, (8, 32, 128, 0), 5, 50),
-    (SCORED, "full", ENGLISH, EVERYWHERE, (8, 32, 128), 3, 30),
-    (WITH_ALL, "full", ENGLISH, EVERYWHERE, (0,), 3, 10),
-    *[(WITH_ALL, "head", name, (name,), (32, 0), 3, 50) for name in IN_LANGUAGE],
-    *[(WITH_ALL, "full", name, (name,), (1000,), 1, 10) for name in IN_LANGUAGE],
-]
+FEW = (8, 32, 128)
+
+
+class FineTuning(NamedTuple):
+    corpus: str
+    arms: tuple
+    mode: str
+    train: str
+    test: tuple
+    shots: tuple  # numbers of sentences; 0: all
+    draws: int  # of so many sentences
+    epochs: int
+
+
+FINE_TUNING = [FineTuning(*row) for row in (
+    ("books", ("share-0",), "majority", ENGLISH, EVERYWHERE, (*FEW, 0), 5, 0),  # needs no model
+    ("books", SCORED, "head", ENGLISH, EVERYWHERE, (*FEW, 0), 5, 50),
+    ("books", SCORED, "full", ENGLISH, EVERYWHERE, FEW, 3, 30),
+    ("books", WITH_ALL, "full", ENGLISH, EVERYWHERE, (0,), 3, 10),
+    *[("books", WITH_ALL, "head", name, (name,), (32, 0), 3, 50) for name in IN_LANGUAGE],
+    *[("books", WITH_ALL, "full", name, (name,), (1000,), 1, 10) for name in IN_LANGUAGE],
+    ("pydocs", ("share-0", "share-50", "half"), "full", ENGLISH, EVERYWHERE, FEW, 3, 30),
+)]
 
 
 def scored(source):
@@ -283,16 +299,16 @@ def scored(source):
 
 def ner(quick, folder):
     """Universal NER: fine-tuned in English or, as IN_LANGUAGE, on the train split of the language itself."""
-    for source, corpus, arm, _, _ in final_runs(quick):
-        if corpus != "books" or not is_trained(source):
-            continue
-        for arms, mode, train_on, tests, shots, draws, epochs in FINE_TUNING[:2] if quick else FINE_TUNING:
-            results = itertools.product([mode], [train_on], shots, range(1, draws + 1), tests)
-            if arm in arms and not scored(source) >= set(results):
-                training = f" --lr={NER_RATES[mode]} --epochs={epochs} --patience={epochs}" if epochs else ""
-                yield (f"python eval_ner.py {source} --data={shlex.quote(folder)} --train={train_on}"
-                       f" --test={','.join(tests)} --mode={mode} --shots={','.join(map(str, shots))}"
-                       f" --seeds={draws}{training}")
+    rows = FINE_TUNING[:2] if quick else FINE_TUNING
+    for source, corpus, arm, _, _ in filter(lambda run: is_trained(run[0]), final_runs(quick)):
+        for row in rows:
+            results = itertools.product([row.mode], [row.train], row.shots, range(1, row.draws + 1), row.test)
+            if corpus != row.corpus or arm not in row.arms or scored(source) >= set(results):
+                continue
+            training = f" --lr={NER_RATES[row.mode]} --epochs={row.epochs} --patience={row.epochs}"
+            yield (f"python eval_ner.py {source} --data={shlex.quote(folder)} --train={row.train}"
+                   f" --test={','.join(row.test)} --mode={row.mode} --shots={','.join(map(str, row.shots))}"
+                   f" --seeds={row.draws}{training if row.epochs else ''}")
 
 
 def fetch(folder):
