@@ -180,7 +180,8 @@ PUBLISHED = [HALF, "--meta_weight=1", "--meta_start=0", "--ways=32", "--queries=
 BEST = [*MANY, "--meta_weight=0.05"]  # by the search
 LATE = [TENTH, "--meta_start=1221", "--meta_weight=0.1"]  # by the search the cheapest adaptation at the mask
 RUNS = [  # corpus, arm, flags, seeds
-    *[("books", arm, DOSES[arm], (*SEEDS, 4)) for arm in ("share-0", "share-10", "share-50")],
+    *[("books", arm, DOSES[arm], (*SEEDS, 4, 5, 6)) for arm in ("share-0", "share-50")],  # 5, 6: to see it again
+    ("books", "share-10", DOSES["share-10"], (*SEEDS, 4)),
     *[("books", arm, DOSES[arm], SEEDS[:1]) for arm in ("share-5", "share-25")],
     ("books", "late", LATE, SEEDS),
     ("books", "half", VANILLA, SEEDS),  # half as long: about as much text as share-50 reads
