@@ -5,7 +5,8 @@
     python results/plan.py measure             # checkpoints on other text, and by other inner rates
     python results/plan.py ner data/uner       # fine-tuning; before that, once: fetch data/uner
 
-A run has as many FLOPs as vanilla training in 2,442 updates of 4,096 tokens.
+A run has as many FLOPs as vanilla training in 2,442 updates of 4,096 tokens. What is done is told by
+its folder under out/ alone: after a change of flags, or the loss of a checkpoint, delete it to run it again.
 """
 import itertools
 import json
@@ -180,8 +181,7 @@ PUBLISHED = [HALF, "--meta_weight=1", "--meta_start=0", "--ways=32", "--queries=
 BEST = [*MANY, "--meta_weight=0.05"]  # by the search
 LATE = [TENTH, "--meta_start=1221", "--meta_weight=0.1"]  # by the search the cheapest adaptation at the mask
 RUNS = [  # corpus, arm, flags, seeds
-    *[("books", arm, DOSES[arm], (*SEEDS, 4, 5, 6)) for arm in ("share-0", "share-50")],  # 5, 6: to see it again
-    ("books", "share-10", DOSES["share-10"], (*SEEDS, 4)),
+    *[("books", arm, DOSES[arm], (*SEEDS, 4)) for arm in ("share-0", "share-10", "share-50")],
     *[("books", arm, DOSES[arm], SEEDS[:1]) for arm in ("share-5", "share-25")],
     ("books", "late", LATE, SEEDS),
     ("books", "half", VANILLA, SEEDS),  # half as long: about as much text as share-50 reads
@@ -189,6 +189,8 @@ RUNS = [  # corpus, arm, flags, seeds
     ("books", "published-0.001", [*PUBLISHED, "--inner_lr=0.001"], SEEDS[:1]),
     ("books", "published-0.01", [*PUBLISHED, "--inner_lr=0.01"], SEEDS[:1]),
     ("books", "published-vanilla", [*VANILLA, "--warmup_steps=1018"], SEEDS[:1]),
+    ("books", "again-0", VANILLA, (5, 6)),  # whether what NER gained with seeds 1 to 4 comes again
+    ("books", "again-50", DOSES["share-50"], (5, 6)),
     ("scarce", "share-0", VANILLA, SEEDS),
     ("scarce", "share-50", DOSES["share-50"], SEEDS),
     ("scarce", "half", VANILLA, SEEDS),
@@ -205,8 +207,8 @@ def final_runs(quick):
     if missing:
         print(f"left out: {', '.join(missing)}, which data/ has not (run.sh prepares it)", file=sys.stderr)
     for corpus, arm, flags, seeds in RUNS:
-        for seed in seeds[:1] if quick else seeds:
-            if corpus in missing:
+        for seed in seeds:
+            if corpus in missing or quick and seed != 1:
                 continue
             yield f"out/{'quick/' * quick}{corpus}/{arm}-{seed}", corpus, arm, seed, flags
 
@@ -249,11 +251,11 @@ def measurements(quick):
         for name in SEARCH:  # all of the validation text, and the same inner loop for all
             yield from measurement(f"out/found/{name}-11", "search", f"out/search/{name}", 11,
                                    "--eval_sequences=700")
-    for source, corpus, _, seed, _ in final_runs(quick):
+    for source, corpus, arm, seed, _ in final_runs(quick):
         if corpus == "pydocs" and Path("data/books-by-pydocs").exists():
             out_dir = source.replace("pydocs", "foreign")
             yield from measurement(out_dir, "books-by-pydocs", source, seed)
-        if corpus == "books":  # one rate may not be the best of every arm
+        if corpus == "books" and not arm.startswith("again"):  # one rate may not be the best of every arm
             for rate in RATES:
                 out_dir = source.replace("books", f"rate-{rate}")
                 yield from measurement(out_dir, corpus, source, seed, f"--inner_lr={rate}")
@@ -287,6 +289,7 @@ FINE_TUNING = [FineTuning(*row) for row in (
     *[("books", WITH_ALL, "head", name, (name,), (32, 0), 3, 50) for name in IN_LANGUAGE],
     *[("books", WITH_ALL, "full", name, (name,), (1000,), 1, 10) for name in IN_LANGUAGE],
     ("pydocs", ("share-0", "share-50", "half"), "full", ENGLISH, EVERYWHERE, FEW, 3, 30),
+    ("books", ("again-0", "again-50"), "full", ENGLISH, EVERYWHERE, FEW, 8, 30),
 )]
 
 

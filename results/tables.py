@@ -26,10 +26,10 @@ from report import difference, last_values, markdown, mean_std  # noqa: E402
 
 BASELINE = "share-0"
 NAMES = {"share-0": "vanilla", "share-5": "5%", "share-10": "10%", "share-25": "25%", "share-50": "50%",
-         "late": "late, light", "half": "half as long"}
+         "late": "late, light", "half": "half as long", "again-0": "vanilla", "again-50": "50%"}
 MISSING = "not run"
 NOT_COPIED = {  # what no table shows, to keep the logs small
-    "log.jsonl": "mfu|tok_per_s|data_wait|skipped|val/.*_unadapted|val/(new_)?query_.*",
+    "log.jsonl": "mfu|tok_per_s|data_wait|skipped|grad_norm|val/.*_unadapted|val/.*query_.*|final/.*_error",
     "probes.jsonl": "entropy_nats/.*|tokens|flops|seconds",
     "ner.jsonl": "checkpoint|per_type|f1_strict|precision|recall|dev_f1|sentences|words|label|bidirectional"
                  "|lr|epochs?|patience|batch_size",
@@ -116,7 +116,7 @@ def spread(corpus, arm, measure, form):
     """Mean ± standard deviation over seeds, with the number of seeds where not all have the measure."""
     found = [value for run in runs(corpus, arm) if not math.isnan(value := measure(run))]
     number = f" ({len(found)})" if len(found) < len(runs(corpus, arm)) else ""
-    return mean_std(found, form) + number if found else MISSING
+    return mean_std(found, form) + number if found else "none" if runs(corpus, arm) else MISSING
 
 
 # ---- measures: run -> number ----
@@ -153,6 +153,30 @@ def last_probe(kind):
     return measure
 
 
+def rises_and_falls(steps, values):
+    """The phases of a curve that ends below the peak of its rise, else None: it has not just paused."""
+    p = report.phase(steps, values)
+    is_one = p["verdict"] == report.RISE_AND_FALL and values[-1] < values[list(steps).index(p["peak"])]
+    return p if is_one else None
+
+
+def head_curves(runs):
+    """The curves of attention entropy as `report.layer_curves` has them, but by layer/head."""
+    curves = {}
+    for run in runs:
+        heads = (key for line in run["probes"] for key in line if key.startswith("entropy/"))
+        for head in dict.fromkeys(heads):
+            points = [(line["step"], line[head]) for line in run["probes"] if head in line]
+            curves.setdefault(head.removeprefix("entropy/"), []).append(np.array(points).T)
+    return curves
+
+
+def heads_that_rise_and_fall(run):
+    """How many in a hundred of a run's attention heads have an entropy that rises and then falls."""
+    found = [bool(rises_and_falls(*head)) for [head] in head_curves([run]).values()]
+    return 100 * np.mean(found) if found else math.nan
+
+
 def at_rates(key, *rates):
     """The best value of a metric over inner rates; nan unless it was measured at each of them."""
     def measure(run):
@@ -165,11 +189,16 @@ def at_rates(key, *rates):
     return measure
 
 
-def ner(mode, shots, tests, train=plan.ENGLISH):
-    """The mean F1 in percent over numbers of sentences, treebanks and draws; nan if any was not scored."""
-    draws = {n: row.draws for row in plan.FINE_TUNING if (row.mode, row.train) == (mode, train)
-             for n in row.shots}
-    wanted = [(n, test, draw + 1) for n in shots for test in tests for draw in range(draws[n])]
+def ner(mode, shots, tests, train=plan.ENGLISH, draws=None):
+    """The mean F1 in percent over numbers of sentences, treebanks and draws; nan if any was not scored.
+
+    Without given `draws` it takes those that all arms have.
+    """
+    def common(n):
+        return range(1, 1 + min(row.draws for row in plan.FINE_TUNING
+                                if (row.mode, row.train) == (mode, train) and n in row.shots))
+
+    wanted = [(n, test, draw) for n in shots for test in tests for draw in draws or common(n)]
 
     def measure(run):
         scores = {(line["shots"], line["test"], line["seed"]): 100 * line["f1"] for line in run["ner"]
@@ -190,7 +219,10 @@ READ = [("updates", lambda run: run["log"][-1]["step"], ".0f"),
 QUERIES = [("query loss in training, nats", of_training("meta/query_loss"), ".3f"),
            ("query accuracy in training", of_training("meta/query_acc"), ".3f")]
 PROBES = [("effective rank of the residual stream", last_probe("rank/resid"), ".1f"),
-          ("attention entropy", last_probe("entropy"), ".3f")]
+          *[(f"effective rank of {name}", last_probe(f"rank/{name}"), ".1f")
+            for name in ("v_proj", "o_proj", "down_proj")],
+          ("attention entropy", last_probe("entropy"), ".3f"),
+          ("heads whose entropy rises, then falls, %", heads_that_rise_and_fall, ".0f")]
 
 
 def domain_losses(corpus):
@@ -273,6 +305,20 @@ def ner_summary():
         yield f"{mode}, {label}, in-language, da, hr, pt, sk", own_language(mode, shots), None
 
 
+def draws_table():
+    """What 50% gains zero-shot after full fine-tuning, by draw of sentences."""
+    again = [run["seed"] for run in runs("books", "again-50")]
+    rows = [["sentences", "seeds 1 to 4", *(f"seed {seed}" for seed in again)]]
+    n_draws = max(row.draws for row in plan.FINE_TUNING if "again-50" in row.arms)
+    for label, draws in [*((f"draw {draw}", [draw]) for draw in range(1, n_draws + 1)),
+                         ("draws 1 to 3", range(1, 4)), (f"draws 4 to {n_draws}", range(4, n_draws + 1))]:
+        measure = ner("full", plan.FEW, GROUPS["zero-shot, all six"], draws=draws)
+        ours, theirs = paired("books", "again-50", measure, "again-0")
+        rows.append([label, compared("books", "share-50", measure, ".1f"),
+                     *(f"{a - b:+.1f}" for a, b in zip(ours, theirs))])
+    return markdown(rows)
+
+
 def ner_table(corpus, columns, rows):
     """F1 of no model and of vanilla training, and differences of the columns (arm, baseline)."""
     table = [["", "no model", "vanilla", *(f"{named(arm)} - {named(base)}" for arm, base in columns)]]
@@ -283,37 +329,24 @@ def ner_table(corpus, columns, rows):
     return markdown(table)
 
 
-def rises_and_falls(steps, values):
-    """The phases of a curve that ends below the peak of its rise, else None: it has not just paused."""
-    p = report.phase(steps, values)
-    is_one = p["verdict"] == report.RISE_AND_FALL and values[-1] < values[list(steps).index(p["peak"])]
-    return p if is_one else None
-
-
-def head_curves(runs):
-    """The curves of attention entropy as `report.layer_curves` has them, but by layer/head."""
-    curves = {}
-    for run in runs:
-        heads = (key for line in run["probes"] for key in line if key.startswith("entropy/"))
-        for head in dict.fromkeys(heads):
-            points = [(line["step"], line[head]) for line in run["probes"] if head in line]
-            curves.setdefault(head.removeprefix("entropy/"), []).append(np.array(points).T)
-    return curves
-
-
 def phases_table(corpus, arms):
-    """How many curves (layers or heads x seeds) rise and then fall, and by how much of the peak, by kind."""
-    rows = [["", *(named(arm) for arm in arms)]]
-    curves = {arm: report.layer_curves(runs(corpus, arm)) for arm in arms}
-    kinds = {kind: report.LABELS[kind] for kind in curves[BASELINE]}
+    """How many curves (layers or heads x seeds) rise and then fall, and by how much of the peak, by kind.
+
+    The last column is of all runs that there are, of these arms and all others.
+    """
+    groups = {named(arm): runs(corpus, arm) for arm in arms}
+    groups["all runs"] = [report.read_run(path.parent) for path in sorted(LOGS.glob("*/*/probes.jsonl"))]
+    rows = [["", *groups]]
+    curves = [report.layer_curves(group) for group in groups.values()]
+    kinds = {kind: report.LABELS[kind] for kind in curves[0]}
     if "entropy" in kinds:
         kinds = {"entropy/head": "attention entropy, head by head", **kinds}
-        for arm in arms:
-            curves[arm]["entropy/head"] = head_curves(runs(corpus, arm))
+        for of_group, group in zip(curves, groups.values()):
+            of_group["entropy/head"] = head_curves(group)
     for kind, label in kinds.items():
         cells = []
-        for arm in arms:
-            by_layer = curves[arm].get(kind, {})
+        for of_group in curves:
+            by_layer = of_group.get(kind, {})
             results = [(layer[:2], rises_and_falls(*c)) for layer, of_layer in by_layer.items()
                        for c in of_layer]
             do = [(layer, p) for layer, p in results if p]
@@ -349,46 +382,51 @@ def speedup_table(corpus, arms):
     return markdown(rows)
 
 
-def mixed_table(corpus, arms):
-    """The last training loss of each arm by both curves, and how much sooner it seems to be there."""
+def mixed_table(corpus, columns):
+    """The last training loss by both curves, and how much sooner an arm is at the last that both reach."""
     sooner = "vanilla's updates / its own"
     rows = [["", "loss of text", "vanilla's", sooner, "mixed curve", "vanilla's", sooner]]
-    for arm in arms:
-        of_both = {run["seed"] for run in runs(corpus, arm)} & {run["seed"] for run in runs(corpus, BASELINE)}
+    for arm, baseline in columns:
+        of = [{run["seed"]: run for run in runs(corpus, name)} for name in (arm, baseline)]
+        pairs = [[by_seed[seed] for by_seed in of] for seed in of[0] if seed in of[1]]
         cells = []
         for with_queries in (False, True):
-            ours, theirs = ([report.training_curve(run, with_queries) for run in runs(corpus, name)
-                             if run["seed"] in of_both] for name in (arm, BASELINE))
-            if not of_both:
+            curves = [[report.training_curve(run, with_queries) for run in pair] for pair in pairs]
+            if not curves:
                 cells += [MISSING] * 3
                 continue
-            last, of_vanilla = (np.mean([losses[-1] for _, losses in curves]) for curves in (ours, theirs))
-            needed = np.mean([report.reach(losses, steps, last) for steps, losses in theirs])
-            ratio = needed / np.mean([steps[-1] for steps, _ in ours])
-            cells += [f"{last:.3f}", f"{of_vanilla:.3f}",
-                      "vanilla never gets there" if math.isnan(ratio) else f"{ratio:.2f}"]
-        rows.append([f"{named(arm)} ({len(of_both)})", *cells])
+            last = [[losses[-1] for _, losses in pair] for pair in curves]
+            needed = [[report.reach(losses, steps, max(both)) for steps, losses in pair]
+                      for pair, both in zip(curves, last)]
+            ratio = math.exp(np.mean([math.log(vanilla / own) for own, vanilla in needed]))
+            cells += [*(f"{loss:.3f}" for loss in np.mean(last, axis=0)), f"{ratio:.2f}"]
+        rows.append([f"{named(arm)} ({len(pairs)})", *cells])
     return markdown(rows)
 
 
 # ---- the figure ----
 
 COLORS = {"share-0": "#2c6fbb", "share-10": "#e08e2b", "share-50": "#c0392b", "late": "#8e44ad",
-          "best": "#27ae60"}
+          "best": "#27ae60", "half": "#7f8c8d"}
 
 
 def dose_panel(ax, title, lines):
-    """Against the share of episodes: each run a dot, the arms' means a line; a diamond is "late, light"."""
+    """Against the share of episodes: each run a dot, open on a dashed line, which joins the arms' means.
+
+    A diamond is the mean of "late, light", a triangle that of half as long, which reads as much text as 50%.
+    """
     for label, measure, style in lines:
         points = [(int(arm.removeprefix("share-")), y) for arm in plan.DOSES
                   for y in map(measure, runs("books", arm)) if not math.isnan(y)]
         shares = sorted({share for share, _ in points})
         means = [np.mean([y for x, y in points if x == share]) for share in shares]
         ax.plot(shares, means, label=label, **style)
-        ax.plot([x for x, _ in points], [y for _, y in points], ".", color=style["color"], ms=4)
-        late = [y for y in map(measure, runs("books", "late")) if not math.isnan(y)]
-        if late:
-            ax.plot(5, np.mean(late), "D", color=style["color"], mfc="none", ms=5)
+        filled = {"mfc": "none"} if style.get("ls") == "--" else {}
+        ax.plot([x for x, _ in points], [y for _, y in points], "o", color=style["color"], ms=3, **filled)
+        for arm, share, marker in (("late", 5, "D"), ("half", 50, "v")):
+            values = [y for y in map(measure, runs("books", arm)) if not math.isnan(y)]
+            if values:
+                ax.plot(share, np.mean(values), marker, color=style["color"], mfc="none", ms=6)
     ax.set(xlabel="share of episodes, %", title=title)
     if len(lines) > 1:
         low, high = ax.get_ylim()
@@ -404,7 +442,7 @@ def ner_panel(ax):
              for label, group, color in (("English", "English", "#1b4f72"),
                                          ("zero-shot", "zero-shot, all six", "#5dade2"))
              for mode, dashes in (("full", "-"), ("head", "--"))]
-    dose_panel(ax, "F1 on NER, few sentences", lines)
+    dose_panel(ax, "F1 on NER, %, few sentences", lines)
 
 
 def over_time_panel(ax, kind, title, legend):
@@ -414,7 +452,8 @@ def over_time_panel(ax, kind, title, legend):
         means = [report.mean_curve(of_layer) for of_layer in by_layer.values()]
         if means:
             curves.append(report.mean_curve(means))
-            ax.plot(*curves[-1], color=color, label=named(arm))
+            style = "--" if arm == "best" else "-"  # it lies on vanilla's
+            ax.plot(*curves[-1], color=color, ls=style, label=named(arm))
     ax.set(xlabel="updates", title=title, ylim=report.y_limits(curves))
     if legend:
         ax.legend()
@@ -461,9 +500,9 @@ def tables():
     scarce = [*losses, *adaptation]
     doses = [*(arm for arm in plan.DOSES if arm != BASELINE), "late", "best"]
     published = ("published-vanilla", "published-0.001", "published-0.01")
+    mixed = [*to_vanilla("share-10", "share-50"), *((arm, published[0]) for arm in published[1:])]
     at_best_rate = [(label, at_rates(key, *plan.RATES), ".3f") for label, key in KEYS.items()]
     to_half = [("half", BASELINE), ("share-50", "half")]
-    sizes = [((n,), f"{n or 'all'} sentences") for n in (*plan.FEW, *ALL)]
     ner_columns = [*to_vanilla(*ARMS), *to_half]
     return {
         "dose": values_table("books", [BASELINE, *doses, "half"], [*READ, LOSS, *adaptation, *PROBES]),
@@ -472,7 +511,7 @@ def tables():
         "rates": differences_table("books", to_vanilla(*ARMS), at_best_rate),
         "domains": differences_table("books", to_vanilla(*ARMS), domain_losses("books")),
         "speedup": speedup_table("books", ARMS),
-        "mixed": mixed_table("books", ("share-10", "share-50", "published-0.01", "published-0.001")),
+        "mixed": mixed_table("books", mixed),
         "published": values_table("books", [BASELINE, *published], [LOSS, *QUERIES, *at_best_rate, *PROBES]),
         "found": found_table(),
         "found-flags": flags_table(plan.SEARCH),
@@ -480,14 +519,15 @@ def tables():
         "found-scarce-flags": flags_table(plan.SCARCE_SEARCH),
         "ner": ner_table("books", ner_columns, ner_summary()),
         "ner-sizes": ner_table("books", ner_columns, ner_rows(
-            (mode, shots, label) for mode in ("head", "full") for shots, label in sizes)),
+            (mode, (n,), f"{n} sentences") for mode in ("head", "full") for n in plan.FEW)),
+        "ner-draws": draws_table(),
         "ner-pydocs": ner_table("pydocs", [*to_vanilla("share-50"), *to_half],
                                 ner_rows([("full", plan.FEW, "few sentences")])),
-        "phases": phases_table("books", [BASELINE, *ARMS]),
+        "phases": phases_table("books", [BASELINE, "half", *ARMS]),
         "pydocs": differences_table("pydocs", [*to_vanilla("share-50"), *to_half],
-                                    [LOSS, *adaptation, *PROBES]),
+                                    [LOSS, *ACCURACIES, *PROBES]),
         "foreign": differences_table("foreign", [*to_vanilla("share-50"), *to_half],
-                                     [LOSS, *domain_losses("foreign"), *adaptation]),
+                                     [LOSS, *domain_losses("foreign"), *ACCURACIES]),
         "scarce": values_table("scarce", [BASELINE, "share-50", "half", "best"], scarce),
         "scarce-differences": differences_table("scarce", [*to_vanilla("share-50", "best"), *to_half],
                                                 scarce),
