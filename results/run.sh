@@ -2,7 +2,7 @@
 # Everything that README.md beside this file shows: data, runs, measurements, tables. The same command again goes
 # on where it was stopped; what is finished is not run again. Needs requirements-dev.txt (scipy).
 #
-#   bash results/run.sh              # about sixteen hours on two cores of a server
+#   bash results/run.sh              # about eighteen hours on two cores of a server
 #   bash results/run.sh --quick      # a tenth as long, one seed, no search: half an hour; in out/quick/
 #
 # CORPUS     a folder with NAME.train.txt and NAME.val.txt of the six texts; without it, pydocs alone   data/corpus

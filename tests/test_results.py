@@ -119,6 +119,21 @@ def test_only_finished_runs_are_measured(tmp_path):
     assert len(plan.measurement(tmp_path / "measured", "books", tmp_path, 1)) == 1
 
 
+def test_the_mixed_curve_is_compared_at_a_loss_that_both_reach(monkeypatch):
+    """Bug: compared at the last loss of the arm, where vanilla training never was, it had no ratio."""
+    def run(episodes=False):
+        lines = [{"step": step, "lr": 1.0, "train/loss": 8 - 0.04 * step} for step in range(101)]
+        more = [{"share/episodes": 0.5, "meta/query_loss": line["train/loss"] - 2} if episodes else {}
+                for line in lines]
+        return {"seed": 1, "log": [line | own for line, own in zip(lines, more)]}
+
+    arms = {"arm": [run(episodes=True)], "share-0": [run()]}
+    monkeypatch.setattr(tables, "runs", lambda corpus, name: arms[name])
+    cells = tables.mixed_table("books", [("arm", "share-0")]).splitlines()[-1].split("|")
+    # A running mean over five lines ends at the loss of line 98; the mixed curve is a nat lower.
+    assert [float(cell) for cell in cells[2:-1]] == [4.08, 4.08, 1.0, 3.08, 4.08, 1.33]
+
+
 def test_the_logs_stay_small():
     assert sum(path.stat().st_size for path in LOGS.rglob("*.jsonl")) < 5_000_000
 
