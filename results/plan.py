@@ -191,6 +191,7 @@ RUNS = [  # corpus, arm, flags, seeds
     ("books", "published-vanilla", [*VANILLA, "--warmup_steps=1018"], SEEDS[:1]),
     ("books", "again-0", VANILLA, (5, 6)),  # whether what NER gained with seeds 1 to 4 comes again
     ("books", "again-50", DOSES["share-50"], (5, 6)),
+    ("books", "again-half", VANILLA, (5, 6)),
     ("scarce", "share-0", VANILLA, SEEDS),
     ("scarce", "share-50", DOSES["share-50"], SEEDS),
     ("scarce", "half", VANILLA, SEEDS),
@@ -221,7 +222,7 @@ def runs(quick):
             flags = [*flags, f"--meta_start={int(starts[-1].split('=')[1]) // 10}", "--warmup_steps=40",
                      "--eval_every=37", "--probe_every=8", "--log_every=8"]
         if not is_done(out_dir):
-            yield command(out_dir, corpus, seed, flags, steps // 2 if arm == "half" else steps)
+            yield command(out_dir, corpus, seed, flags, steps // 2 if arm.endswith("half") else steps)
 
 
 # ---- what is measured of their checkpoints ----
@@ -289,7 +290,7 @@ FINE_TUNING = [FineTuning(*row) for row in (
     *[("books", WITH_ALL, "head", name, (name,), (32, 0), 3, 50) for name in IN_LANGUAGE],
     *[("books", WITH_ALL, "full", name, (name,), (1000,), 1, 10) for name in IN_LANGUAGE],
     ("pydocs", ("share-0", "share-50", "half"), "full", ENGLISH, EVERYWHERE, FEW, 3, 30),
-    ("books", ("again-0", "again-50"), "full", ENGLISH, EVERYWHERE, FEW, 8, 30),
+    ("books", ("again-0", "again-50", "again-half"), "full", ENGLISH, EVERYWHERE, FEW, 8, 30),
 )]
 
 

@@ -305,17 +305,24 @@ def ner_summary():
         yield f"{mode}, {label}, in-language, da, hr, pt, sk", own_language(mode, shots), None
 
 
-def draws_table():
-    """What 50% gains zero-shot after full fine-tuning, by draw of sentences."""
-    again = [run["seed"] for run in runs("books", "again-50")]
-    rows = [["sentences", "seeds 1 to 4", *(f"seed {seed}" for seed in again)]]
-    n_draws = max(row.draws for row in plan.FINE_TUNING if "again-50" in row.arms)
-    for label, draws in [*((f"draw {draw}", [draw]) for draw in range(1, n_draws + 1)),
-                         ("draws 1 to 3", range(1, 4)), (f"draws 4 to {n_draws}", range(4, n_draws + 1))]:
-        measure = ner("full", plan.FEW, GROUPS["zero-shot, all six"], draws=draws)
-        ours, theirs = paired("books", "again-50", measure, "again-0")
-        rows.append([label, compared("books", "share-50", measure, ".1f"),
-                     *(f"{a - b:+.1f}" for a, b in zip(ours, theirs))])
+def again_table():
+    """Zero-shot F1 after full fine-tuning on few sentences, by draw and by treebank: first, and once more."""
+    n_draws = next(row.draws for row in plan.FINE_TUNING if "again-50" in row.arms)
+    all_six, every = GROUPS["zero-shot, all six"], range(1, n_draws + 1)
+    settings = [*((f"draw {n}", all_six, [n], [n]) for n in every),  # draws of the first, draws of the others
+                *((f"draws {of[0]} to {of[-1]}", all_six, of, of) for of in (every[:3], every[3:])),
+                *((label, tests, every[:3], every) for label, tests in (
+                    ("all draws", all_six), *((test, [test]) for test in all_six)))]
+    vanilla = {run["seed"]: run for run in runs("books", "again-0")}
+    rows = [[""], *([label] for label, *_ in settings)]
+    for arm, again in (("share-50", "again-50"), ("half", "again-half")):
+        others = [run for run in runs("books", again) if run["seed"] in vanilla]
+        rows[0] += [f"{named(arm)} - {named(BASELINE)}", *(f"seed {run['seed']}" for run in others)]
+        for row, (_, tests, *draws) in zip(rows[1:], settings):
+            first, more = (ner("full", plan.FEW, tests, draws=of) for of in draws)
+            gains = [more(run) - more(vanilla[run["seed"]]) for run in others]
+            row += [compared("books", arm, first, ".1f"),
+                    *(MISSING if math.isnan(gain) else f"{gain:+.1f}" for gain in gains)]
     return markdown(rows)
 
 
@@ -520,7 +527,7 @@ def tables():
         "ner": ner_table("books", ner_columns, ner_summary()),
         "ner-sizes": ner_table("books", ner_columns, ner_rows(
             (mode, (n,), f"{n} sentences") for mode in ("head", "full") for n in plan.FEW)),
-        "ner-draws": draws_table(),
+        "ner-again": again_table(),
         "ner-pydocs": ner_table("pydocs", [*to_vanilla("share-50"), *to_half],
                                 ner_rows([("full", plan.FEW, "few sentences")])),
         "phases": phases_table("books", [BASELINE, "half", *ARMS]),
