@@ -26,7 +26,7 @@ from report import difference, last_values, markdown, mean_std  # noqa: E402
 
 BASELINE = "share-0"
 NAMES = {"share-0": "vanilla", "share-5": "5%", "share-10": "10%", "share-25": "25%", "share-50": "50%",
-         "late": "late, light", "half": "half as long", "again-0": "vanilla", "again-50": "50%"}
+         "late": "late, light", "half": "half as long"}
 MISSING = "not run"
 NOT_COPIED = {  # what no table shows, to keep the logs small
     "log.jsonl": "mfu|tok_per_s|data_wait|skipped|grad_norm|val/.*_unadapted|val/.*query_.*|final/.*_error",

@@ -119,6 +119,26 @@ def test_only_finished_runs_are_measured(tmp_path):
     assert len(plan.measurement(tmp_path / "measured", "books", tmp_path, 1)) == 1
 
 
+def test_what_was_gained_again_is_that_of_the_raw_scores():
+    """By draw and by treebank, of each new seed: computed from ner.jsonl without tables.py."""
+    def mean(arm, seed, draws, tests):
+        lines = report.read_jsonl(LOGS / "books" / f"{arm}-{seed}" / "ner.jsonl", "step")
+        found = [100 * line["f1"] for line in lines if line["seed"] in draws and line["test"] in tests]
+        assert len(found) == 3 * len(draws) * len(tests)  # 8, 32 and 128 sentences
+        return np.mean(found)
+
+    zero_shot = ["da_ddt", "hr_set", "pt_bosque", "sk_snk", "ceb_gja", "tl_trg"]
+    rows = {"draw 5": ([5], zero_shot), "draws 4 to 8": ([4, 5, 6, 7, 8], zero_shot),
+            "all draws": (range(1, 9), zero_shot), "tl_trg": (range(1, 9), ["tl_trg"])}
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables.again_table().splitlines()]
+    cells = {row[0]: [*row[2:4], *row[5:7]] for row in table}
+    assert cells[""] == ["seed 5", "seed 6"] * 2
+    for label, of in rows.items():
+        gains = [mean(arm, seed, *of) - mean("again-0", seed, *of)
+                 for arm in ("again-50", "again-half") for seed in (5, 6)]
+        assert cells[label] == [f"{gain:+.1f}" for gain in gains]
+
+
 def test_the_mixed_curve_is_compared_at_a_loss_that_both_reach(monkeypatch):
     """Bug: compared at the last loss of the arm, where vanilla training never was, it had no ratio."""
     def run(episodes=False):
@@ -145,6 +165,16 @@ def test_a_pause_of_a_rise_is_no_compression():
     assert report.phase(steps, dip)["verdict"] == report.RISE_AND_FALL
     assert tables.rises_and_falls(steps, dip) is None
     assert tables.rises_and_falls(steps, np.interp(steps, [0, 20, 59], [10, 20, 18]))["fall"] > 0.05
+
+
+def test_heads_are_counted_one_by_one():
+    """One of four rises and falls, in a layer whose mean only falls."""
+    steps = np.arange(60)
+    heads = [np.interp(steps, [0, 20, 59], [0.5, 0.6, 0.4]), *[np.linspace(0.9, 0.5, 60)] * 3]
+    lines = [{"step": int(step), **{f"entropy/00/{i:02d}": float(head[step]) for i, head in enumerate(heads)}}
+             for step in steps]
+    assert tables.heads_that_rise_and_fall({"probes": lines}) == 25
+    assert math.isnan(tables.heads_that_rise_and_fall({"probes": []}))
 
 
 def test_the_tables_are_those_of_the_logs(tmp_path):
