@@ -27,7 +27,7 @@ from report import difference, last_values, markdown, mean_std  # noqa: E402
 BASELINE = "share-0"
 NAMES = {"share-0": "vanilla", "share-5": "5%", "share-10": "10%", "share-25": "25%", "share-50": "50%",
          "late": "late, light", "half": "half as long"}
-MISSING = "not run"
+MISSING = "not measured"
 NOT_COPIED = {  # what no table shows, to keep the logs small
     "log.jsonl": "mfu|tok_per_s|data_wait|skipped|grad_norm|val/.*_unadapted|val/.*query_.*|final/.*_error",
     "probes.jsonl": "entropy_nats/.*|tokens|flops|seconds",
@@ -116,7 +116,7 @@ def spread(corpus, arm, measure, form):
     """Mean ± standard deviation over seeds, with the number of seeds where not all have the measure."""
     found = [value for run in runs(corpus, arm) if not math.isnan(value := measure(run))]
     number = f" ({len(found)})" if len(found) < len(runs(corpus, arm)) else ""
-    return mean_std(found, form) + number if found else "none" if runs(corpus, arm) else MISSING
+    return mean_std(found, form) + number if found else MISSING
 
 
 # ---- measures: run -> number ----
@@ -330,8 +330,8 @@ def ner_table(corpus, columns, rows):
     """F1 of no model and of vanilla training, and differences of the columns (arm, baseline)."""
     table = [["", "no model", "vanilla", *(f"{named(arm)} - {named(base)}" for arm, base in columns)]]
     for label, measure, no_model in rows:
-        table.append([label, spread("books", BASELINE, no_model, ".1f").partition(" ")[0] if no_model else "",
-                      spread(corpus, BASELINE, measure, ".1f"),
+        of_words = spread("books", BASELINE, no_model, ".1f").partition(" ±")[0] if no_model else ""
+        table.append([label, of_words, spread(corpus, BASELINE, measure, ".1f"),
                       *(compared(corpus, arm, measure, ".1f", base) for arm, base in columns)])
     return markdown(table)
 
@@ -551,7 +551,7 @@ def main(folder, collect_from=""):
     for name, table in tables().items():
         before, mark, rest = text.partition(f"<!-- {name} -->\n")
         cells = [cell for line in table.splitlines()[2:] for cell in line.split("|")[2:-1]]
-        if all(cell.strip() in (MISSING, "0 of 0") for cell in cells):
+        if all(cell.strip() in ("", MISSING, "0 of 0") for cell in cells):
             table = "*Not run yet.*"
         if mark:
             text = before + mark + table + "\n" + rest[rest.index("<!-- end -->"):]

@@ -177,6 +177,16 @@ def test_heads_are_counted_one_by_one():
     assert math.isnan(tables.heads_that_rise_and_fall({"probes": []}))
 
 
+def test_tables_without_any_run_say_so(tmp_path, monkeypatch):
+    """Bug: of tables of NER without a run, each cell said so, and that of no model "not"."""
+    monkeypatch.setattr(tables, "LOGS", tables.LOGS)  # main sets it
+    monkeypatch.setattr(tables, "runs", lambda corpus, arm: [])
+    names = ("dose", "mixed", "ner", "ner-again", "phases", "scarce")
+    (tmp_path / "README.md").write_text("".join(f"<!-- {name} -->\n<!-- end -->\n" for name in names))
+    tables.main(tmp_path)
+    assert (tmp_path / "README.md").read_text().count("*Not run yet.*") == len(names)
+
+
 def test_the_tables_are_those_of_the_logs(tmp_path):
     shutil.copy(RESULTS / "README.md", tmp_path)
     (tmp_path / "logs").symlink_to(LOGS)
