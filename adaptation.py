@@ -2,13 +2,11 @@
 
     python adaptation.py out/hybrid out/vanilla    # their newest checkpoints: one JSON line each, with errors
 
-The effect of meta-learning is hybrid against vanilla, not adapted against unadapted: any language model's
-features can be told apart by a head. So train.py measures this at each evaluation, of vanilla runs too. A
-linear head that starts at zero learns N words from K windows of validation text each, by the run's inner
-steps and rate, and classifies Q others. One pass gives both read-outs of a window: the feature at a mask
-in the word's place, and that at the position before it, where a causal language model predicts the word.
-Metrics, of words that may be classes in training and, with `new_`, of held-out ones that never are
-(data.is_held_out):
+The effect of meta-learning is hybrid against vanilla, not adapted against unadapted, so train.py measures
+this at each evaluation, of vanilla runs too. A linear head that starts at zero learns N words from K windows
+of validation text each, by the run's inner steps and rate, and classifies Q others. One pass gives both
+read-outs of a window: the feature at a mask in the word's place, and the one before it, where a causal
+language model predicts the word. Metrics; `new_` marks words that are never classes in training:
 
     val/query_acc, val/query_loss, val/new_query_acc, ...      at the run's read_out; also ..._unadapted
     val/mask_query_acc, val/context_query_acc, ...             at either
@@ -19,23 +17,16 @@ Shapes: E episodes, N ways, K shots, Q queries, M = K + Q windows of a word, T p
 import itertools
 import json
 import math
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-import checkpoint
-import config
 import data
-import machine
-from config import UserError
-from meta import Head, adapt, labels
-
-
-@dataclass(frozen=True)
-class Config:
-    """It has no settings of its own."""
+from meta import Head, Learner, labels
+from nanomaml import checkpoint, config, machine
+from nanomaml.config import UserError, require
 
 
 class AdaptationTest:
@@ -48,13 +39,18 @@ class AdaptationTest:
 
     def __init__(self, cfg, validation, tokenizer):
         self.cfg, self.pools = cfg, {}  # {prefix: windows (words, M, T + 1), which end at the mask}
+        self.lacks = "the data have no tokenizer here"  # why there are no pools
+        if tokenizer is None or cfg.eval_episodes == 0:
+            return
         corpus = data.Corpus([path for split in validation.values() for path in split.paths])
         corpus.vocab_size = tokenizer.n_vocab
         count, window = cfg.eval_shots + cfg.eval_queries, min(cfg.eval_window, cfg.context - 1)
         for prefix, held_out in (("", False), ("new_", True)):
-            series = data.Episodes(corpus, tokenizer, cfg.eval_ways, cfg.eval_shots, cfg.eval_queries, window,
-                                   0, "context", held_out, cfg.word_targets, cfg.max_word_share)
-            rng = np.random.default_rng(0)  # not the run's seed: runs of all seeds are measured alike
+            series = data.Episodes(
+                corpus, tokenizer, ways=cfg.eval_ways, shots=cfg.eval_shots, queries=cfg.eval_queries,
+                window=window, seed=0, read_out="context", held_out=held_out, word_targets=cfg.word_targets,
+                max_share=cfg.max_word_share)
+            rng = np.random.default_rng(0)  # not the run's seed: runs of all seeds have the same test
             try:
                 pieces = series.read_pieces(rng, data.PIECES << 4)
             except UserError:  # bins from elsewhere
@@ -63,9 +59,9 @@ class AdaptationTest:
             words = itertools.islice(series.classes(rng, pieces, count), 4 * cfg.eval_ways)
             windows = [windows for _, windows in words]
             if prefix == "":
-                self.lacks = f"too few of its words repeat: {series.lack(pieces)}"  # shown without pools
+                self.lacks = f"too few of its words repeat: {series.lack(pieces)}"
             if len(windows) >= 2:
-                text = np.array(windows)[:, :, 0]  # (words, M, T)
+                text = np.array(windows)  # (words, M, T)
                 masks = np.full((*text.shape[:2], 1), series.mask_id)
                 self.pools[prefix] = torch.from_numpy(np.concatenate((text, masks), axis=2))
 
@@ -83,6 +79,7 @@ class AdaptationTest:
         """
         cfg, device, results = self.cfg, decoder.lm_head.weight.device, {}
         head = Head(decoder.cfg.d_model, 1, 0, "zero", cfg.eval_ways)
+        learner = Learner(decoder=decoder, head=head, inner_steps=cfg.inner_steps, inner_lr=cfg.inner_lr)
         for prefix, pool in self.pools.items():
             pool = pool if every_word else pool[:cfg.eval_ways]
             words, places = self.draw(*pool.shape[:2], cfg.eval_episodes * (4 if every_word else 1))
@@ -91,18 +88,12 @@ class AdaptationTest:
                 features = torch.cat([decoder.hidden(part.to(device))[:, -2:] for part in parts])
             # (E, N, K) and (E, N, Q)
             support, query = places.to(device).split([cfg.eval_shots, cfg.eval_queries], dim=2)
-            ways = words.shape[1]
             for read_out, x in zip(("context", "mask"), features.unbind(1)):  # x (words * M, D)
-                x, x_query = x[support.flatten(1)], x[query.flatten(1)]  # (E, N * K, D), (E, N * Q, D)
-                start = {name: p.expand(len(x), *p.shape) for name, p in head.start(ways, x).items()}
-
-                def support_loss(params, x=x, ways=ways):  # summed: heads do not meet
-                    losses = F.cross_entropy(head(x, params).mT, labels(ways, x), reduction="none")
-                    return losses.mean(1).sum()
-
-                fast = adapt(support_loss, start, cfg.inner_steps, cfg.inner_lr)
-                for name, params in (("adapted", fast), ("unadapted", start)):
-                    logits, target = head(x_query, params), labels(ways, x_query)
+                # From (E, N * K, D) and (E, N * Q, D)
+                after, _, before = learner.adapt_heads(x[support.flatten(1)], x[query.flatten(1)],
+                                                       words.shape[1])
+                for name, logits in (("adapted", after), ("unadapted", before)):
+                    target = labels(words.shape[1], logits)
                     loss = F.cross_entropy(logits.mT, target, reduction="none")
                     results[prefix, read_out, name] = words, logits.argmax(-1) == target, loss
         return results
@@ -133,32 +124,26 @@ class AdaptationTest:
         for (prefix, read_out, name), (words, correct, loss) in self.episodes(decoder, dtype, True).items():
             if name == "adapted":
                 key = f"final/{read_out}_{prefix}query"
-                of_words = torch.zeros(2, len(self.pools[prefix]), dtype=torch.float64)  # right, and asked
                 at = words.repeat_interleave(self.cfg.eval_queries, dim=1).flatten()
-                of_words[0].index_add_(0, at, correct.flatten().double().cpu())
-                of_words[1].index_add_(0, at, torch.ones(len(at), dtype=torch.float64))
-                accuracies = of_words[0] / of_words[1]
+                right = correct.flatten().double().cpu()
+                accuracies = torch.bincount(at, right) / torch.bincount(at)  # of each word
                 metrics |= {f"{key}_acc": correct.float().mean().item(), f"{key}_loss": loss.mean().item(),
                             f"{key}_acc_error": accuracies.std().item() / math.sqrt(len(accuracies))}
         return metrics
 
 
 def main(argv):
-    import train  # its Config reads that of the run
-
     folders, flags = config.operands(argv)
-    config.load(Config, flags, __doc__)
-    config.require(folders, "name the folders of runs, for instance out/demo; got none")
+    config.load(config.Settings, flags, __doc__)
+    require(folders, "name the folders of runs, for instance out/demo; got none")
     for folder in folders:
         state, tokenizer = checkpoint.load(folder), data.load_tokenizer(folder)
-        config.require(tokenizer.name != data.HuggingFaceTokenizer.name,
-                       f"{folder} has an imported model's tokenizer, episodes need one of prepare.py for its "
-                       "<|mask|>: measure the model with eval_ner.py or probes.py --data=FOLDER")
-        cfg, decoder = checkpoint.load_config(train.Config, state), checkpoint.load_model(state)
-        validation = data.open_corpus(cfg.data)[1]
-        line = {"run": folder, "step": state["step"]}
-        line |= AdaptationTest(cfg, validation, tokenizer).final(decoder, torch.float32)
-        print(json.dumps(line), flush=True)
+        tokenizer.token_byte_values()  # UserError for an imported model's
+        require("eval_ways" in state["config"], f"{folder} holds no run of train.py")
+        cfg = SimpleNamespace(**state["config"])
+        test = AdaptationTest(cfg, data.open_corpus(cfg.data)[1], tokenizer)
+        metrics = test.final(checkpoint.load_model(state), torch.float32)
+        print(json.dumps({"run": folder, "step": state["step"]} | metrics), flush=True)
 
 
 if __name__ == "__main__":

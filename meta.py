@@ -6,11 +6,11 @@ With parameters p, inner rate a, support loss S and query loss Q of an episode:
     fast_0 = p,   fast_{k+1} = fast_k - a dS/dfast (fast_k)    `adapt`, on copies: p itself never moves
     outer gradient of p = dQ/dfast (fast_last)                 first order: d fast_last / d p is the identity
 
-    losses, metrics = Learner(decoder, head)("episodes", batch)      # losses["meta"].backward()
+    learner = Learner(decoder=decoder, head=Head(192, 1, 0, "zero", 16))
+    losses, metrics = learner("episodes", batch)                     # losses["meta"].backward()
 
 Shapes: E episodes, N ways, K shots, Q queries, T positions, D model width.
 """
-import math
 import re
 from contextlib import nullcontext
 
@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import machine
-from config import UserError
+from nanomaml import machine
+from nanomaml.config import require
 
 
 def adapt(loss, params, steps, lr, first_order=True):
@@ -30,11 +30,12 @@ def adapt(loss, params, steps, lr, first_order=True):
     loss: function of a dict like `params` (name -> tensor) that gives the scalar support loss. lr: a
     number, or {name: tensor} where each parameter has a rate of its own. Returns the adapted dict. First
     order: it carries no graph back to `params`; otherwise the whole loop stays in the graph.
+    What a step computes is counted in `Learner.episodes_flops` and `head_flops`: change them together.
     """
     rates = lr if isinstance(lr, dict) else dict.fromkeys(params, lr)
-    if first_order and any(getattr(rate, "requires_grad", False) for rate in rates.values()):
-        raise UserError("a learned inner rate gets no gradient in first-order MAML, which cuts the graph "
-                        "of the inner loop: set first_order = False, or make the rate a constant")
+    require(not first_order or not any(getattr(rate, "requires_grad", False) for rate in rates.values()),
+            "a learned inner rate gets no gradient in first-order MAML, which cuts the graph of the inner "
+            "loop: set first_order = False, or make the rate a constant")
     with torch.enable_grad():  # evaluation adapts too
         if first_order:
             fast = {name: p.detach().clone().requires_grad_() for name, p in params.items()}
@@ -49,14 +50,11 @@ def adapt(loss, params, steps, lr, first_order=True):
 
 
 def straight_through(params, fast):
-    """The values of `fast` with the gradient of `params`: first-order MAML's outer gradient, in autograd.
+    """The values of `fast` with the gradient of `params`: first-order MAML's outer gradient.
 
     So the query loss's backward() fills .grad of the initial parameters, and DDP's hooks see it.
     """
     return {name: p + (fast[name] - p).detach() for name, p in params.items()}
-
-
-QUERY_METRICS = ("meta/query_loss", "meta/query_acc", "meta/query_acc_unadapted", "meta/support_acc")
 
 
 def labels(ways, x):
@@ -70,9 +68,11 @@ def query_loss(query, support, unadapted):
     def accuracy(logits):
         return (logits.argmax(-1) == labels(logits.shape[2], logits)).float().mean()
 
-    loss = F.cross_entropy(query.flatten(0, 1), labels(query.shape[2], query).flatten())
-    values = loss.detach(), accuracy(query), accuracy(unadapted), accuracy(support)
-    return loss, dict(zip(QUERY_METRICS, values))
+    ways = query.shape[2]
+    loss = F.cross_entropy(query.flatten(0, 1), labels(ways, query).flatten())
+    return loss, {"meta/query_loss": loss.detach(), "meta/query_acc": accuracy(query),
+                  "meta/query_acc_unadapted": accuracy(unadapted), "meta/support_acc": accuracy(support),
+                  "meta/ways": torch.full_like(loss.detach(), ways)}
 
 
 class Head(nn.Module):
@@ -128,34 +128,32 @@ class Learner(nn.Module):
     A kind of micro-step named "x" is two methods: `x_loss(batch)` and `x_flops(batch)`.
 
     adapted: what the inner loop adapts: "head", "all", or a regular expression searched in the names
-    `model.*` (backbone) and `head.*`.
-    query_lm: the next-token loss of the query windows is a loss too.
+    `model.*` (backbone) and `head.*`. The decoder has its first weights already, so a fork may copy them.
     """
 
-    def __init__(self, decoder, head, adapted="head", inner_steps=10, inner_lr=0.1, first_order=True,
-                 query_lm=False, dtype=torch.float32):
+    def __init__(self, *, decoder, head, adapted="head", inner_steps=10, inner_lr=0.1, first_order=True,
+                 dtype=torch.float32):
         super().__init__()
         self.decoder, self.head = decoder, head
         self.inner_steps, self.inner_lr = inner_steps, inner_lr
-        self.first_order, self.query_lm, self.dtype = first_order, query_lm, dtype
+        self.first_order, self.dtype = first_order, dtype
         pattern = re.compile({"head": r"^head\.", "all": ""}.get(adapted, adapted))
         names = ["model." + name for name, _ in decoder.model.named_parameters()]
         head_names = {"head." + name for name, _ in head.named_parameters()}
         names += sorted(head_names | {"head.out.weight", "head.out.bias"})
         self.adapted = {name for name in names if pattern.search(name)}
-        if not self.adapted:
-            raise UserError(f"adapt = {adapted!r} matches no parameter; names look like {names[1]} "
-                            f"and {names[-1]}")
-        if head.out is None and "head.out.weight" not in self.adapted:
-            raise UserError(f"adapt = {adapted!r} leaves out head.out, which starts at zero: the logits "
-                            "would stay zero; add |head.out")
+        require(self.adapted, f"adapt = {adapted!r} matches no parameter; names look like {names[1]} and "
+                              f"{names[-1]}")
+        require(head.out is not None or "head.out.weight" in self.adapted, f"adapt = {adapted!r} leaves out "
+                "head.out, which starts at zero: the logits would stay zero; add |head.out")
         self.head_only = all(name.startswith("head.") for name in self.adapted)
 
     def forward(self, kind, batch):
-        """({part: loss}, {metric: detached scalar}) of a batch of this kind: "lm", "episodes" or "joint".
+        """({part: loss}, {metric: detached scalar}) of a batch of this kind: "lm" or "episodes".
 
-        Losses are means, in nats; `loss_weights` in train.py weighs their parts "lm" and "meta". All
-        batches of a kind give the same metrics, since ranks add them up.
+        Losses are means, in nats; train.py weighs their parts "lm" and "meta". All
+        batches of a kind give the same metrics, since ranks add them up; every kind of episode reports its
+        number of classes as meta/ways.
         """
         return getattr(self, f"{kind}_loss")(batch)
 
@@ -182,24 +180,16 @@ class Learner(nn.Module):
 
     def episodes_loss(self, batch):
         support, query = batch.support.flatten(1, 2), batch.query.flatten(1, 2)  # (E, N * K or N * Q, T)
-        ways, losses, metrics = batch.words.shape[1], {}, {}
-        if not self.head_only:
-            episodes = [self.adapt_any(*episode, ways) for episode in zip(support, query)]
-            logits = map(torch.stack, zip(*episodes))
-        else:
+        ways = batch.words.shape[1]
+        if self.head_only:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.first_order):
                 x = self.features(support)
-            if self.query_lm:
-                with self.autocast():
-                    hidden = self.decoder.hidden(query.flatten(0, 1))  # (E * N * Q, T, D)
-                    losses["lm"] = self.decoder.loss(hidden, batch.targets)
-                metrics["train/query_lm_loss"] = losses["lm"].detach()
-                x_query = hidden[:, -1].unflatten(0, query.shape[:2])
-            else:
-                x_query = self.features(query)
-            logits = self.adapt_heads(x, x_query, ways)
-        losses["meta"], query_metrics = query_loss(*logits)
-        return losses, metrics | query_metrics
+            logits = self.adapt_heads(x, self.features(query), ways)
+        else:
+            episodes = [self.adapt_any(*episode, ways) for episode in zip(support, query)]
+            logits = map(torch.stack, zip(*episodes))
+        loss, metrics = query_loss(*logits)
+        return {"meta": loss}, metrics
 
     def features(self, windows):
         """windows (E, n, T) -> the backbone's features at their last position (E, n, D)."""
@@ -264,8 +254,7 @@ class Learner(nn.Module):
         heads = self.head_flops(N, supports, queries)
         if self.head_only:
             support_passes = supports * window * (1 if self.first_order else 3)
-            query_passes = 3 * queries * (sum(self.decoder.flops(T)) if self.query_lm else window)
-            return heads + support_passes + query_passes
+            return heads + support_passes + 3 * queries * window
         order = 1 if self.first_order else 2
         support_passes = (3 * self.inner_steps * order + 1) * supports * window
         return heads + support_passes + 4 * queries * window  # the query is also read before adaptation
@@ -277,23 +266,3 @@ class Learner(nn.Module):
         # Where only the head adapts, its first layer's input needs no gradient.
         step = 3 * head - (layers[0] if self.head_only else 0)
         return self.inner_steps * supports * step * order + supports * head + 4 * queries * head
-
-    # ---- next-token prediction, with episodes at its own positions ----
-
-    def joint_loss(self, batch):
-        """One pass for both. In first order the inner loop passes no gradient on to the support."""
-        with self.autocast():
-            hidden = self.decoder.hidden(batch.ids)  # (B, T, D)
-            lm_loss = self.decoder.loss(hidden, batch.targets)
-        x, ways = hidden.flatten(0, 1), batch.words.shape[1]  # (B * T, D)
-        if ways == 0:  # too few words repeat; nan is not averaged in
-            meta_loss, metrics = 0.0 * lm_loss, dict.fromkeys(QUERY_METRICS, math.nan)
-        else:
-            support, query = batch.support.flatten(1), batch.query.flatten(1)  # (E, N * K or N * Q)
-            meta_loss, metrics = query_loss(*self.adapt_heads(x[support], x[query], ways))
-        metrics |= {"train/loss": lm_loss.detach(), "meta/ways": ways or math.nan}
-        return {"lm": lm_loss, "meta": meta_loss}, metrics
-
-    def joint_flops(self, batch):
-        heads = self.head_flops(batch.words.shape[1], batch.support.numel(), batch.query.numel())
-        return self.lm_flops(batch) + heads

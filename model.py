@@ -5,44 +5,43 @@ attention, SwiGLU.
     logits, loss = decoder(ids), decoder(ids, targets)        # ids (B, T) -> (B, T, V), or a scalar
 
 Parameter names and the rotary layout are those of Hugging Face's LlamaForCausalLM, so a state dict loads
-there as it is. A change of the architecture goes here; FLOPs are counted from the shapes of the matrices.
-Shapes: B batch, T positions, D model width, H heads, G key-value heads, C channels of a head, V
-vocabulary.
+there as it is. A change of the architecture goes here: FLOPs are counted from the shapes of the matrices and
+from `Backbone.mask`, which attention and its probe share. Shapes: B batch, T positions, D model width, H
+heads, G key-value heads, C channels of a head, V vocabulary.
 """
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import config
+from nanomaml.config import Count, Natural, Positive, Settings, require
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    d_model: int = 96  # width of the residual stream
-    n_layers: int = 12  # decoder layers
-    n_heads: int = 12  # query heads; d_model / n_heads channels each
-    n_kv_heads: int = 4  # key-value heads, each shared by n_heads / n_kv_heads query heads
-    d_hidden: int = 0  # width of the MLP; 0: 4 x d_model
-    vocab_size: int = 50304  # rows of the embedding and of the output layer; at least the tokenizer's
-    context: int = 2048  # positions of a training sequence, and the most the model reads
-    rope_theta: float = 10000.0  # base of the rotary frequencies
-    norm_eps: float = 1e-6  # added to the mean square in RMSNorm
+class ModelConfig(Settings):
+    d_model: Count = 96  # width of the residual stream
+    n_layers: Annotated[int, "in 1 to 1000", lambda n: 1 <= n <= 1000] = 12  # decoder layers
+    n_heads: Count = 12  # query heads; d_model / n_heads channels each
+    n_kv_heads: Count = 4  # key-value heads, each shared by n_heads / n_kv_heads query heads
+    d_hidden: Natural = 0  # width of the MLP; 0: 4 x d_model
+    vocab_size: Count = 50304  # rows of the embedding and of the output layer; at least the tokenizer's
+    context: Count = 2048  # positions of a training sequence, and the most the model reads
+    rope_theta: Positive = 10000.0  # base of the rotary frequencies
+    norm_eps: Positive = 1e-6  # added to the mean square in RMSNorm
 
     def __post_init__(self):
+        super().__post_init__()
         if self.d_hidden == 0:
             object.__setattr__(self, "d_hidden", 4 * self.d_model)
-        config.require_at_least(self, 1, "d_model", "n_layers", "n_heads", "n_kv_heads", "d_hidden",
-                                "vocab_size", "context")
-        config.require_positive(self, "rope_theta", "norm_eps")
-        config.require(self.d_model % (2 * self.n_heads) == 0,
-                       f"d_model = {self.d_model} must be an even multiple of n_heads = {self.n_heads} "
-                       "(rotation pairs channels)")
-        config.require(self.n_heads % self.n_kv_heads == 0,
-                       f"n_heads = {self.n_heads} must be a multiple of n_kv_heads = {self.n_kv_heads}")
+        require(self.d_model % (2 * self.n_heads) == 0,
+                f"d_model = {self.d_model} must be an even multiple of n_heads = {self.n_heads} (rotation "
+                "pairs channels)")
+        require(self.n_heads % self.n_kv_heads == 0,
+                f"n_heads = {self.n_heads} must be a multiple of n_kv_heads = {self.n_kv_heads}")
 
 
 def rotate(x, cos, sin):
@@ -64,10 +63,9 @@ class KeyValueCache:
         """Adds those of the next positions, and returns all."""
         if self.length == 0:
             self.k, self.v = (x.new_empty(*x.shape[:2], self.size, x.shape[3]) for x in (k, v))
-        end = self.length + k.shape[2]
-        self.k[:, :, self.length:end], self.v[:, :, self.length:end] = k, v
-        self.length = end
-        return self.k[:, :, :end], self.v[:, :, :end]
+        start, self.length = self.length, self.length + k.shape[2]
+        self.k[:, :, start:self.length], self.v[:, :, start:self.length] = k, v
+        return self.k[:, :, :self.length], self.v[:, :, :self.length]
 
 
 class Attention(nn.Module):
@@ -85,19 +83,25 @@ class Attention(nn.Module):
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in (q, k, v))
         return rotate(q, cos[-q.shape[2]:], sin[-q.shape[2]:]).to(v.dtype), rotate(k, cos, sin).to(v.dtype), v
 
-    def forward(self, x, cos, sin, visible=None, last=False, cache=None):
-        q, k, v = self.qkv(x, cos, sin, last)
-        if cache is not None:
-            k, v = cache.append(k, v)
-        causal = visible is None and q.shape[2] > 1  # one position alone is the last, and sees all
+    def attend(self, q, k, v, mask=None):
+        """q (B, H, Tq, C), k and v (B, G, Tk, C) -> (B, H, Tq, C). mask: as `Backbone.mask`, for all k."""
         # PyTorch's CPU kernel is slow in bfloat16 on short sequences, backward above all (docs/speed.md).
         if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= 256:
             kernel, dtype = torch.autocast("cpu", enabled=False), torch.float32
         else:
             kernel, dtype = nullcontext(), q.dtype
-        with kernel:
-            y = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), attn_mask=visible,
-                                               is_causal=causal, enable_gqa=True).to(v.dtype)
+        if mask is not None:
+            mask = mask[..., -q.shape[2]:, :]
+        with kernel:  # one position alone is the last, and sees all
+            return F.scaled_dot_product_attention(
+                q.to(dtype), k.to(dtype), v.to(dtype), attn_mask=mask,
+                is_causal=mask is None and q.shape[2] > 1, enable_gqa=True).to(v.dtype)
+
+    def forward(self, x, cos, sin, mask=None, last=False, cache=None):
+        q, k, v = self.qkv(x, cos, sin, last)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        y = self.attend(q, k, v, mask)
         return self.o_proj(y.transpose(1, 2).flatten(-2))  # (B, H, T or 1, C) -> (B, T or 1, D)
 
 
@@ -120,8 +124,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(cfg.d_model, cfg.norm_eps)
         self.mlp = MLP(cfg)
 
-    def forward(self, x, cos, sin, visible=None, last=False, cache=None):
-        attended = self.self_attn(self.input_layernorm(x), cos, sin, visible, last, cache)
+    def forward(self, x, cos, sin, mask=None, last=False, cache=None):
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, mask, last, cache)
         x = (x[:, -1:] if last else x) + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -149,25 +153,30 @@ class Backbone(nn.Module):
             raise ValueError(f"{end} positions given, the model reads at most context = {len(self.cos)}")
         return self.cos[start:end], self.sin[start:end]
 
+    def mask(self, T):
+        """Which keys each of T positions sees: bool (T, T), or None where it is all up to itself.
+
+        The one place for another mask, such as a sliding window: attention, its probe and FLOPs follow.
+        """
+        return None
+
     def forward(self, ids, visible=None, last=False, caches=None):
         """ids (B, T) -> (B, T, D).
 
-        visible (B, T) bool turns the causal mask off: every position attends to all that are True, the
-        rest is padding. last: only the last position's features, (B, 1, D); the top layer computes
-        nothing else. caches: a KeyValueCache of each layer, filled by this call; where they hold positions
-        already, ids (B, 1) is the next one.
+        visible (B, T) bool takes the place of the mask: every position attends to all that are True, the rest
+        is padding. last: the last position's features alone, (B, 1, D). caches: a KeyValueCache of each
+        layer, filled by this call; where they hold positions already, ids (B, 1) is the next one.
         """
-        start = caches[0].length if caches else 0
-        if start > 0 and ids.shape[1] > 1:
-            raise ValueError(f"{ids.shape[1]} positions given after {start} in the cache: give one at a time")
-        rope = self.positions(ids.shape[1], start)
-        x = self.embed_tokens(ids)  # (B, T, D)
-        if visible is not None:
-            rope = (*rope, visible[:, None, None])  # (B, 1, 1, T), for all heads and queries
+        start, T = caches[0].length if caches else 0, ids.shape[1]
+        if start > 0 and T > 1:
+            raise ValueError(f"{T} positions given after {start} in the cache: give one at a time")
+        rope = self.positions(T, start)
+        mask = self.mask(start + T) if visible is None else visible[:, None, None]  # or (B, 1, 1, T)
         caches = caches or [None] * len(self.layers)
+        x = self.embed_tokens(ids)  # (B, T, D)
         for layer, cache in zip(self.layers[:-1], caches):
-            x = layer(x, *rope, cache=cache)
-        return self.norm(self.layers[-1](x, *rope, last=last, cache=caches[-1]))
+            x = layer(x, *rope, mask, cache=cache)
+        return self.norm(self.layers[-1](x, *rope, mask, last=last, cache=caches[-1]))
 
 
 def softmax_loss(logits, target, dtype):
@@ -187,9 +196,8 @@ def softmax_loss(logits, target, dtype):
 class OutputLoss(torch.autograd.Function):
     """Mean cross-entropy of x W^T, x (n, D), W (V, D), targets (n,), without holding the logits (n, V).
 
-    They are computed for `rows` positions at a time, and the gradients with them in the forward pass, so
-    nothing is computed twice. Matrix products are in `dtype`; `softmax_loss` may be compiled.
-    (F.linear_cross_entropy, chunked, is as fast but stays in float32 under autocast.)
+    They are computed for `rows` positions at a time, and with them the gradients, in products in `dtype`;
+    `softmax_loss` may be compiled. (F.linear_cross_entropy stays in float32 under autocast.)
     """
 
     @staticmethod
@@ -234,9 +242,8 @@ class Decoder(nn.Module):
     def compile(self):
         """torch.compile, in place: each layer (all share their graphs), and the softmax of the loss.
 
-        There is one graph for each shape, with gradient or without, for plain parameters or adapted ones,
-        for the top layer or another: about ten with `adapt=all`. By default dynamo would run the ninth
-        uncompiled.
+        There is a graph for each shape, with gradient or without, for plain or adapted parameters, for the
+        top layer or another: about ten with `adapt=all`, of which dynamo would by default compile eight.
         """
         torch._dynamo.config.optimize_ddp = False  # it would split layers where DDP's gradient buckets end
         for layer in self.model.layers:
@@ -245,7 +252,7 @@ class Decoder(nn.Module):
         self.is_compiled = True
 
     def eager(self):
-        """The context in which nothing is compiled: for shapes that are met once or seldom."""
+        """The context in which nothing is compiled: for shapes seen once or rarely."""
         return torch.compiler.set_stance("force_eager") if self.is_compiled else nullcontext()
 
     def init_weights(self, generator=None):
@@ -281,14 +288,14 @@ class Decoder(nn.Module):
     def flops(self, T, last=False):
         """FLOPs of the forward pass of T tokens: (below the output layer, in it); last as in `Backbone`.
 
-        Counted as is usual for MFU (Chowdhery et al. 2022, arXiv 2204.02311, appendix B): the embedding
-        is a look-up, and attention scores count in full though half of them are masked. Backward costs
-        twice forward.
+        As is usual for MFU (Chowdhery et al. 2022, arXiv 2204.02311, appendix B), the embedding is a look-up,
+        and attention scores count in full though half of them are masked. Backward costs twice forward.
         """
         layer = self.model.layers[0]
         matrices = sum(p.numel() for p in layer.parameters() if p.dim() == 2)
         keys = layer.self_attn.k_proj.weight.numel() + layer.self_attn.v_proj.weight.numel()
-        scores = 4 * self.cfg.d_model * T  # of one position
+        mask = self.model.mask(T)
+        scores = 4 * self.cfg.d_model * (T if mask is None else int(mask.sum(1).max()))  # of one position
         layer_flops = T * (2 * matrices + scores)
         # last: the top layer needs keys and values of all positions, the rest of one alone.
         top_flops = 2 * T * keys + 2 * (matrices - keys) + scores if last else layer_flops
@@ -303,9 +310,8 @@ class Decoder(nn.Module):
         """Yields n tokens (B, 1) that follow ids (B, T), one by one.
 
         temperature 0: always the likeliest token. top_k: of the likeliest k alone. Each token is drawn after
-        the `context` tokens before it, at positions 0 to context - 1. Within the context keys and values are
-        kept, and only the newest token is read. Past it every position moves by one for each token, and the
-        first is gone from what the others have read: the whole window is read anew.
+        the `context` tokens before it. Within the context keys and values are kept; past it every position
+        moves by one for each token, so the whole window is read anew.
         """
         size = min(self.cfg.context, ids.shape[1] + n)
         caches = [KeyValueCache(size) for _ in self.model.layers]

@@ -4,15 +4,14 @@
     python probes.py out/demo --data=/mnt/corpus    # on data that moved since, or on other data
 
 train.py measures them during a run, without leaving a trace, and writes them to out_dir/probes.jsonl:
-rank/<v_proj|o_proj|down_proj|resid>/<layer>; entropy/<layer>/<head>, normalised;
-entropy_nats/<layer>/<head>; and with probe_gradients, rank/grad_<v_proj|o_proj|down_proj>/<layer>. A new
-probe is a line in `measure`; named <what>/<layer>, it gets a panel and its phases in report.py too.
-
-Training waits for forward passes and Gram matrices alone: `Spectra` computes eigenvalues behind it.
+rank/<v_proj|o_proj|down_proj|resid>/<layer>; entropy/<layer>/<head>, normalised; entropy_nats/<layer>/<head>;
+and with probe_gradients, rank/grad_<v_proj|o_proj|down_proj>/<layer>. A new probe is a line in `measure`;
+named <what>/<layer>, it gets a panel and its phases in report.py too.
 """
 import json
 import math
 import sys
+import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,14 +19,14 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import config
 import data
-from config import UserError, require
+from nanomaml import checkpoint, config
+from nanomaml.config import require
+from nanomaml.files import read_jsonl
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(config.Settings):
     data: str = ""  # folder of the bins to measure on; empty: the one that the run was trained on
 
 
@@ -59,26 +58,28 @@ def effective_rank(x, proportional=False):
     return rank / min(x.shape) if proportional else rank
 
 
-def attention_entropy(q, k, rows=128):
-    """Entropy of causal attention per head, averaged over sequences and query positions.
+def attention_entropy(q, k, mask=None, rows=128):
+    """Entropy of attention per head, averaged over sequences and query positions.
 
-    q (B, H, T, C) and k (B, G, T, C) as they enter the dot product (rotated). Returns (2, H): in nats,
-    over all positions; and divided by log(number of visible keys), over all but the first position, which
-    sees one key. T = 1 gives zeros. `rows` query positions are computed at a time: memory holds (B, H,
-    rows, T) at most.
+    q (B, H, T, C) and k (B, G, T, C) as they enter the dot product (rotated); mask (T, T) bool: the keys that
+    each position sees, None: all up to itself (`Backbone.mask`). Returns (2, H): in nats, over all positions;
+    and divided by log(number of visible keys), over all positions that see more than one key (zeros where
+    there is none). `rows` query positions are computed at a time: memory holds (B, H, rows, T) at most.
     """
     B, H, T, C = q.shape
     k = k.float().repeat_interleave(H // k.shape[1], dim=1)  # (B, H, T, C)
-    total = q.new_zeros(2, H, dtype=torch.float32)
+    total, positions = q.new_zeros(2, H, dtype=torch.float32), torch.arange(T, device=q.device)
+    seen = positions + 1 if mask is None else mask.sum(1)  # (T,), keys that each position sees
     for start in range(0, T, rows):
-        visible = torch.arange(start, min(start + rows, T), device=q.device) + 1  # keys that each row sees
-        scores = q[:, :, start:start + rows].float() @ k[:, :, :visible[-1]].mT / math.sqrt(C)
-        hidden = torch.arange(scores.shape[-1], device=q.device) >= visible[:, None]  # (rows, keys)
-        p = scores.masked_fill(hidden, -math.inf).softmax(-1)
+        end = min(start + rows, T)
+        visible = positions[:end] <= positions[start:end, None] if mask is None else mask[start:end]
+        scores = q[:, :, start:end].float() @ k[:, :, :visible.shape[1]].mT / math.sqrt(C)
+        p, n = scores.masked_fill(~visible, -math.inf).softmax(-1), seen[start:end]  # p (B, H, rows, keys)
         entropy = torch.special.entr(p).sum(-1)  # (B, H, rows)
         total[0] += entropy.sum((0, 2))
-        total[1] += (entropy / visible.log().clamp(min=1e-9)).masked_fill(visible == 1, 0).sum((0, 2))
-    return total / torch.tensor([[B * T], [B * max(T - 1, 1)]], device=q.device)
+        total[1] += (entropy / n.log().clamp(min=1e-9)).masked_fill(n == 1, 0).sum((0, 2))
+    several = (seen > 1).sum().clamp(min=1)
+    return total / (B * torch.stack((several.new_tensor(T), several)))[:, None]
 
 
 def fixed_batch(validation, d_model, context):
@@ -107,68 +108,92 @@ def gradient_ranks(decoder, rank=effective_rank):
 def measure(decoder, ids, rank=effective_rank):
     """All probes of a Decoder on ids (B, T) except those of gradients: {metric: float}.
 
-    Layers are called through `forward`, which bypasses what `compile()` installed: compiled graphs stay
-    as they are. rank = gram leaves a matrix in the place of each rank, for `Spectra`.
+    Layers are called through `forward`, which bypasses what `compile()` installed. rank = gram leaves a
+    matrix in the place of each rank, for `Live`.
     """
     metrics = {f"rank/{name}": rank(weight) for name, weight in matrices(decoder)}
-    rope = decoder.model.positions(ids.shape[1])
+    rope, mask = decoder.model.positions(ids.shape[1]), decoder.model.mask(ids.shape[1])
     x = decoder.model.embed_tokens(ids)  # (B, T, D)
     for i, layer in enumerate(decoder.model.layers):
         q, k, _ = layer.self_attn.qkv(layer.input_layernorm(x), *rope)
-        for kind, entropies in zip(("entropy_nats", "entropy"), attention_entropy(q, k).tolist()):
+        for kind, entropies in zip(("entropy_nats", "entropy"), attention_entropy(q, k, mask).tolist()):
             metrics |= {f"{kind}/{i:02d}/{head:02d}": entropy for head, entropy in enumerate(entropies)}
-        x = layer.forward(x, *rope)
+        x = layer.forward(x, *rope, mask)
         resid = x.flatten(0, 1).float()  # (B * T, D)
         metrics[f"rank/resid/{i:02d}"] = rank(resid - resid.mean(0))
     return metrics
 
 
-class Spectra:
-    """Turns the Gram matrices of probes into ranks, in threads of the host while training goes on.
+class Live:
+    """The probes of a run while it trains, written to its log; on the first rank alone.
 
-        spectra.add({"step": 100} | measure(decoder, ids, gram))
-        for line in spectra.finished(): ...                      # {"step": 100, "rank/resid/00": 45.2, ...}
+        with Live(cfg, validation, log, progress, device) as live:     # log: logs.RunLog
+            live.measure_if_due(decoder)                               # between updates
+            live.write()                                               # what is done by now
 
-    Each thread computes on one core, so that training on a CPU loses one at most. On a GPU there are four:
-    at d_model 1536 one alone takes longer than 100 updates of eight H100.
+    Training waits for forward passes and Gram matrices; threads turn these into ranks behind it, each on one
+    core: one where training is on the CPU, four on a GPU, since at d_model 1536 one alone takes longer than
+    100 updates of eight H100. A run that was killed after a checkpoint and before the line of the probe there
+    measures that again.
     """
 
-    def __init__(self, device):
+    def __init__(self, cfg, validation, log, progress, device):
+        self.cfg, self.log, self.progress = cfg, log, progress
+        self.ids = fixed_batch(validation, cfg.d_model, cfg.context).to(device)
         threads = 1 if device.type == "cpu" else 4
         self.pool = ThreadPoolExecutor(threads, "spectra", torch.set_num_threads, (1,))
-        self.pending = deque()  # lines, oldest first, with a Future for each matrix
+        self.pending, self.last = deque(), {}  # lines with a Future for each rank, oldest first; the newest
+        self.is_lost = self.is_due(progress.resumed_at) and progress.resumed_at not in {
+            line["step"] for line in read_jsonl(Path(cfg.out_dir, "probes.jsonl"), "step")}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.pool.shutdown(cancel_futures=True)
+
+    def is_due(self, step):
+        every = self.cfg.probe_every * self.log.is_first
+        return every > 0 and step is not None and (step % every == 0 or step == self.cfg.max_steps)
+
+    def measure_if_due(self, decoder):
+        step = self.progress.step
+        if self.is_lost or step != self.progress.resumed_at and self.is_due(step):
+            self.write(step - 1)  # at most one is unfinished, since its matrices take memory
+            self.add(self.progress.axes() | measure(decoder, self.ids, gram) | self.progress.gradient_grams)
+            self.is_lost = False
+
+    def measure_gradients(self, decoder):
+        """After a backward pass: the seconds it took. The rest of the probe follows the update."""
+        start, self.progress.gradient_grams = time.perf_counter(), {}
+        if self.cfg.probe_gradients and self.is_due(self.progress.step + 1):
+            self.progress.gradient_grams = gradient_ranks(decoder, gram)
+        return time.perf_counter() - start
 
     def add(self, line):
         """line: a dict with "step" whose matrices are Gram matrices; it comes back from `finished`."""
         self.pending.append({key: self.pool.submit(rank_of_gram, value) if torch.is_tensor(value) else value
                              for key, value in line.items()})
 
-    def finished(self, through=-1):
-        """Yields each line that is done, once, in order of their steps; waits for those up to step `through`.
+    def finished(self, through):
+        """Yields each line that is done, in order of their steps; waits for those up to step `through`."""
+        while self.pending and (self.pending[0]["step"] <= through or all(
+                value.done() for value in self.pending[0].values() if isinstance(value, Future))):
+            yield {key: value.result() if isinstance(value, Future) else value
+                   for key, value in self.pending.popleft().items()}
 
-        An error in a thread is raised here.
-        """
-        while self.pending:
-            line = self.pending[0]
-            is_done = all(value.done() for value in line.values() if isinstance(value, Future))
-            if not is_done and line["step"] > through:
-                return
-            self.pending.popleft()
-            yield {key: value.result() if isinstance(value, Future) else value for key, value in line.items()}
-
-    def close(self):
-        """Gives up what is not finished."""
-        self.pool.shutdown(cancel_futures=True)
+    def write(self, through=-1):
+        """Writes finished probe lines; blocks for steps up to `through`."""
+        for line in self.finished(through):
+            self.last |= line
+            self.log.write("probes.jsonl", line)
 
 
 def main(argv):
-    given, flags = config.operands(argv)
+    given, flags = config.one_operand(argv, "one run's folder, for instance out/demo")
     folder = config.load(Config, flags, __doc__).data
-    require(len(given) == 1, "name one run's folder, for instance out/demo; got "
-                             f"{', '.join(given) or 'none'}")
-    paths = checkpoint.paths(given[0])
-    if not paths:
-        raise UserError(f"no checkpoint in {given[0]}: a run writes ckpt_*.pt there")
+    paths = checkpoint.paths(given)
+    require(paths, f"no checkpoint in {given}: a run writes ckpt_*.pt there")
     damaged = []
     for path in paths:
         try:

@@ -5,31 +5,27 @@
 
 All of it is a pure function of the settings: the same on every rank, after a resume, and whatever ran before.
 """
-import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
-from config import UserError
+from nanomaml.config import require
 
 
 def block_kinds(cfg):
-    """(max_steps, blocks) names of kinds. Without meta_decay, a prefix of one series."""
+    """(max_steps, blocks) names of kinds: a prefix of one series."""
     kinds = np.full((cfg.max_steps, cfg.meta_blocks if cfg.meta_share > 0 else 1), "lm", dtype=object)
-    if cfg.meta_share == 0:
-        return kinds
-    uniform = np.random.default_rng([cfg.seed, 2]).random(kinds.shape)
-    kinds[uniform < cfg.meta_share] = "joint" if cfg.episodes_from == "batch" else "episodes"
-    kinds[:cfg.meta_start] = "lm"
-    if cfg.meta_decay > 0:  # once the weight of the episodes is 0
-        kinds[cfg.meta_start + math.ceil(cfg.meta_decay * cfg.max_steps):] = "lm"
+    if cfg.meta_share > 0:
+        uniform = np.random.default_rng([cfg.seed, 2]).random(kinds.shape)
+        kinds[uniform < cfg.meta_share] = "episodes"
+        kinds[:cfg.meta_start] = "lm"
     return kinds
 
 
 class Schedule:
-    """Which kind each micro-step is, and which sequences or episodes each rank reads in it.
+    """The plan of a run on `world` ranks.
 
     The batches of each kind are numbered apart, so a hybrid run sees the sequences of a vanilla one, in
     the same order. The micro-steps of an update come in blocks of one kind; a block covers the same
@@ -38,19 +34,17 @@ class Schedule:
 
     def __init__(self, cfg, world):
         self.kinds, self.world = block_kinds(cfg), world
+        self.names = {"lm", *self.kinds.flat}  # of the kinds that the run has
         # Micro-steps of an update on each rank
         self.micro_steps, rest = divmod(cfg.global_batch_size, cfg.batch_size * world)
-        if rest or self.micro_steps == 0:
-            raise UserError(f"global_batch_size = {cfg.global_batch_size} must be a multiple of "
-                            f"batch_size x ranks = {cfg.batch_size} x {world}")
-        if self.micro_steps % self.kinds.shape[1]:
-            raise UserError(f"{self.micro_steps} micro-steps of an update (global_batch_size / (batch_size x "
-                            f"ranks)) must be a multiple of meta_blocks = {cfg.meta_blocks}: lower "
-                            "meta_blocks or batch_size")
-        series = np.where(self.kinds == "joint", "lm", self.kinds)  # both read the sequences of the corpus
-        self.earlier = np.zeros(series.shape, np.int64)  # blocks of the same series before this one
-        for name in set(series.flat):
-            self.earlier[series == name] = np.arange((series == name).sum())
+        require(rest == 0 and self.micro_steps > 0, f"global_batch_size = {cfg.global_batch_size} must be a "
+                f"multiple of batch_size x ranks = {cfg.batch_size} x {world}")
+        require(self.micro_steps % self.kinds.shape[1] == 0, f"{self.micro_steps} micro-steps of an update "
+                "(global_batch_size / (batch_size x ranks)) must be a multiple of meta_blocks = "
+                f"{cfg.meta_blocks}: lower meta_blocks or batch_size")
+        self.earlier = np.zeros(self.kinds.shape, np.int64)  # blocks of the same kind before this one
+        for kind in set(self.kinds.flat):
+            self.earlier[self.kinds == kind] = np.arange((self.kinds == kind).sum())
 
     def micro_step(self, number, rank, sizes):
         """(kind, range of numbers) of micro-step `number` of the run.

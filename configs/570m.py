@@ -14,19 +14,7 @@ d_model = 1536  # the rest is the default: 12 layers, 12 heads, 4 key-value head
 global_batch_size = 256
 batch_size = 8  # per GPU; not measured on one yet
 
-# The paper's schedule is the default of train.py: AdamW at 3e-4, 2,500 updates of warm-up, linear decay,
-# 6,000 updates; episodes are 32-way 4-shot with 10 inner steps.
-
-# Where we deviate:
-# - The head is linear and starts at zero (paper: 4 layers of width 128, started at random). With the
-#   published head and rates (1e-3, 1e-2) ten steps hardly move it: docs/inner-loop.md.
-# - The inner rate is 25.6 / d_model (inner_lr = 0, the default), since the squared norm of a normalised
-#   feature is d_model. At 192 and 256, 0.1 to 0.3 was best; other widths follow this rule, unmeasured.
-# - 4 queries instead of 1: only the query gives an outer gradient.
-# - A tenth of the micro-steps of the second half are episodes, at a tenth of the weight (paper: half of all,
-#   at full weight). At the demo's size that brings most of what episodes can bring for 0.01 nats instead of
-#   0.29 (results/README.md); larger sizes are not measured. As published: --meta_share=0.5 --meta_start=0
-#   --meta_weight=1.
+# The schedule is the default, the paper's. Where settings differ from it, and why: docs/differences.md.
 queries = 4
 meta_share = 0.1
 meta_start = 3000

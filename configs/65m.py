@@ -2,14 +2,10 @@
 # torchrun --standalone --nproc_per_node=8 train.py configs/65m.py
 data = "data/fineweb"
 out_dir = "out/65m"
-
 d_model = 384
 
-# 16 sequences x 2 micro-steps x 8 GPUs = 256 sequences x 2048 tokens = 524,288 tokens an update, vanilla.
-# A micro-step of episodes reads 32 x (4 + 4) windows x 128 = 32,768 tokens, as many as one of 16 x 2048.
-global_batch_size = 256
-batch_size = 16  # per GPU; not measured on one yet
-
+# By default 16 sequences x 2 micro-steps x 8 GPUs = 256 x 2048 = 524,288 tokens an update, vanilla. A
+# micro-step of episodes reads 32 x (4 + 4) windows x 128 = 32,768 tokens, as many as one of 16 x 2048.
 queries = 4
 meta_share = 0.1
 meta_start = 3000

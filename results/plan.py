@@ -5,12 +5,16 @@
     python results/plan.py measure             # checkpoints on other text, and by other inner rates
     python results/plan.py ner data/uner       # fine-tuning; before that, once: fetch data/uner
 
-A run has as many FLOPs as vanilla training in 2,442 updates of 4,096 tokens. What is done is told by
-its folder under out/ alone: after a change of flags, or the loss of a checkpoint, delete it to run it again.
+A run has as many FLOPs as vanilla training in 2,442 updates of 4,096 tokens. What is done follows from its
+folder under out/ alone: after a change of flags, or the loss of a checkpoint, delete it to run it again.
+An arm whose flags belong to a recipe runs in a copy of the code with that patch, out/code/<recipes>-<digest>.
 """
+import hashlib
 import itertools
 import json
 import shlex
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -18,14 +22,14 @@ from typing import NamedTuple
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, sys.argv[2] if sys.argv[1:2] == ["updates"] else str(ROOT))
 
-import config  # noqa: E402
 import data  # noqa: E402
-import eval_ner  # noqa: E402
 import train  # noqa: E402
+from nanomaml import config, treebanks  # noqa: E402
 from schedule import Schedule  # noqa: E402
 
+RECIPES = {"--episodes_from": "batch-episodes", "--query_lm": "query-lm", "--meta_decay": "meta-decay"}
 FILES = ["configs/demo.py", "results/long.py"]
 STEPS, SEARCH_STEPS = 2442, 407
 SEEDS = (1, 2, 3)
@@ -44,14 +48,42 @@ def micro_step_flops(cfg):
 
     E, N, K, Q, W = cfg.episodes, cfg.ways, cfg.shots, cfg.queries, cfg.window
     text = ids(cfg.batch_size, cfg.context), ids(cfg.batch_size, cfg.context)
+    windows = ids(E, N, K, W), ids(E, N, Q, W), ids(E, N), ids(E, N, Q, W)
     batches = {"lm": data.LMBatch(*text),
-               "episodes": data.EpisodeBatch(ids(E, N, K, W), ids(E, N, Q, W), ids(E, N), ids(E, N, Q, W)),
-               "joint": data.JointBatch(*text, ids(E, N, K), ids(E, N, Q), ids(E, N))}
+               "episodes": data.EpisodeBatch(*windows[:len(data.EpisodeBatch._fields)])}  # query-lm adds one
+    if hasattr(data, "JointBatch"):  # of batch-episodes
+        batches["joint"] = data.JointBatch(*text, ids(E, N, K), ids(E, N, Q), ids(E, N))
     return {kind: learner.flops(kind, batch) for kind, batch in batches.items()}
+
+
+def code_for(flags):
+    """The folder of the code that knows these flags: this repository, or a copy with recipes applied."""
+    recipes = sorted({RECIPES[name] for flag in flags if (name := flag.split("=")[0]) in RECIPES})
+    if not recipes or sys.argv[1:2] == ["updates"]:
+        return ROOT
+    files = sorted([*ROOT.glob("*.py"), *ROOT.glob("nanomaml/*.py"), *ROOT.glob("recipes/*.patch")])
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:8]
+    folder = ROOT / "out" / "code" / f"{'+'.join(recipes)}-{digest}"
+    if folder.exists():
+        return folder
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    for path in (path for path in files if path.suffix == ".py"):
+        (partial / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, partial / path.relative_to(ROOT))
+    for recipe in recipes:
+        where = ["--unsafe-paths", f"--directory={partial.relative_to(ROOT)}"]
+        subprocess.run(["git", "apply", *where, f"recipes/{recipe}.patch"], cwd=ROOT, check=True)
+    partial.rename(folder)
+    return folder
 
 
 def updates(flags, vanilla_steps):
     """As many updates with these flags as take the FLOPs of `vanilla_steps` of next-token prediction."""
+    if (code := code_for(flags)) != ROOT:
+        command = [sys.executable, __file__, "updates", str(code), str(vanilla_steps), *flags]
+        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
     def load(*more):
         return config.load(train.Config, [*(str(ROOT / name) for name in FILES), *flags, *more])
 
@@ -78,7 +110,8 @@ def merged(flags):
 
 def command(out_dir, corpus, seed, flags, vanilla_steps):
     flags = merged([f"--seed={seed}", *flags])
-    return " ".join(["python train.py", *FILES, f"--data=data/{corpus}", f"--out_dir={out_dir}", *flags,
+    script = (code_for(flags) / "train.py").relative_to(ROOT)
+    return " ".join([f"python {script}", *FILES, f"--data=data/{corpus}", f"--out_dir={out_dir}", *flags,
                      f"--max_steps={updates(flags, vanilla_steps)}"])
 
 
@@ -318,15 +351,18 @@ def ner(quick, folder):
 
 def fetch(folder):
     """Downloads the treebanks that are missing, so that no two commands do at the same time; no commands."""
-    eval_ner.resolve(ENGLISH, "train", folder)
-    eval_ner.resolve(",".join(EVERYWHERE), "test", folder)
+    treebanks.load(ENGLISH, "train", folder)
+    treebanks.load(",".join(EVERYWHERE), "test", folder)
     for split in ("train", "dev"):
-        eval_ner.resolve(",".join(f"{name}:{split}" for name in IN_LANGUAGE), split, folder)
+        treebanks.load(",".join(f"{name}:{split}" for name in IN_LANGUAGE), split, folder)
     return []
 
 
 if __name__ == "__main__":
     stage, *rest = sys.argv[1:]
+    if stage == "updates":  # in a copy with recipes
+        print(updates(rest[2:], int(rest[1])))
+        sys.exit()
     quick, folders = "--quick" in rest, [arg for arg in rest if arg != "--quick"]
     lines = {"search": search, "runs": lambda: runs(quick), "measure": lambda: measurements(quick),
              "fetch": lambda: fetch(*folders), "ner": lambda: ner(quick, *folders)}[stage]()

@@ -21,8 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import plan  # noqa: E402
 
-import report  # noqa: E402
-from report import difference, last_values, markdown, mean_std  # noqa: E402
+from nanomaml import drawing, phases  # noqa: E402
+from nanomaml import runs as finished  # noqa: E402
+from nanomaml.stats import difference, markdown, mean_std, reach, speedup  # noqa: E402
 
 BASELINE = "share-0"
 NAMES = {"share-0": "vanilla", "share-5": "5%", "share-10": "10%", "share-25": "25%", "share-50": "50%",
@@ -77,7 +78,7 @@ def runs(corpus, arm):
     """The finished runs of an arm, by seed."""
     folders = [path.parent for path in LOGS.glob(f"{corpus}/{arm}-*/log.jsonl")]
     folders = [folder for folder in folders if re.fullmatch(re.escape(arm) + r"-\d+", folder.name)]
-    return sorted((report.read_run(folder) for folder in folders), key=lambda run: run["seed"])
+    return sorted((finished.read_run(folder) for folder in folders), key=lambda run: run["seed"])
 
 
 # ---- statistics ----
@@ -123,13 +124,13 @@ def spread(corpus, arm, measure, form):
 
 
 def last(key):
-    return lambda run: last_values([[run]], key)[0][0]
+    return lambda run: finished.last_values([[run]], key)[0][0]
 
 
 def of_training(key):
     """The mean over the last tenth of a run's lines that have the metric."""
     def measure(run):
-        values = report.curve(run, key)[key]
+        values = finished.curve(run, key)[key]
         return values[-max(len(values) // 10, 1):].mean() if len(values) else math.nan
 
     return measure
@@ -137,31 +138,31 @@ def of_training(key):
 
 def best(key):
     """Of the evaluations of a run the lowest: where early stopping would have stopped, had it known."""
-    return lambda run: float(report.curve(run, key)[key].min())
+    return lambda run: float(finished.curve(run, key)[key].min())
 
 
 def better(kind):
     """Accuracy at the read-out that suits the run: at the mask, or before the word."""
-    return lambda run: max(last(f"final/{read_out}_{kind}query_acc")(run) for read_out in report.READ_OUTS)
+    return lambda run: max(last(f"final/{read_out}_{kind}query_acc")(run) for read_out in finished.READ_OUTS)
 
 
 def last_probe(kind):
     """The last value of a kind of curve, a mean over layers (and heads)."""
     def measure(run):
-        return np.mean([values[-1] for [(_, values)] in report.layer_curves([run])[kind].values()])
+        return np.mean([values[-1] for [(_, values)] in finished.layer_curves([run])[kind].values()])
 
     return measure
 
 
 def rises_and_falls(steps, values):
     """The phases of a curve that ends below the peak of its rise, else None: it has not just paused."""
-    p = report.phase(steps, values)
-    is_one = p["verdict"] == report.RISE_AND_FALL and values[-1] < values[list(steps).index(p["peak"])]
+    p = phases.phase(steps, values)
+    is_one = p["verdict"] == phases.RISE_AND_FALL and values[-1] < values[list(steps).index(p["peak"])]
     return p if is_one else None
 
 
 def head_curves(runs):
-    """The curves of attention entropy as `report.layer_curves` has them, but by layer/head."""
+    """The curves of attention entropy as `finished.layer_curves` has them, but by layer/head."""
     curves = {}
     for run in runs:
         heads = (key for line in run["probes"] for key in line if key.startswith("entropy/"))
@@ -210,10 +211,10 @@ def ner(mode, shots, tests, train=plan.ENGLISH, draws=None):
 
 LOSS = ("validation loss, nats", last("val/loss"), ".3f")
 KEYS = {f"accuracy on {words}, {where}": f"final/{read_out}_{kind}query_acc"
-        for kind, words in report.WORDS.items() for read_out, (where, _) in report.READ_OUTS.items()}
+        for kind, words in finished.WORDS.items() for read_out, (where, _) in finished.READ_OUTS.items()}
 ACCURACIES = [(label, last(key), ".3f") for label, key in KEYS.items()]
 BETTER = [(f"accuracy on {words}, the better read-out", better(kind), ".3f")
-          for kind, words in report.WORDS.items()]
+          for kind, words in finished.WORDS.items()]
 READ = [("updates", lambda run: run["log"][-1]["step"], ".0f"),
         ("tokens read as text, millions", lambda run: run["log"][-1]["tokens"] / 1e6, ".2f")]
 QUERIES = [("query loss in training, nats", of_training("meta/query_loss"), ".3f"),
@@ -226,7 +227,7 @@ PROBES = [("effective rank of the residual stream", last_probe("rank/resid"), ".
 
 
 def domain_losses(corpus):
-    keys = report.domain_keys([runs(corpus, BASELINE)]) if runs(corpus, BASELINE) else []
+    keys = finished.domain_keys([runs(corpus, BASELINE)]) if runs(corpus, BASELINE) else []
     return [(f"loss on {key.removeprefix('val/')}", last(key), ".3f") for key in keys]
 
 
@@ -336,16 +337,27 @@ def ner_table(corpus, columns, rows):
     return markdown(table)
 
 
+def layer_ranges(layers):
+    """["00", "01", "02", "05"] as "00-02, 05"."""
+    ranges = []
+    for layer in layers:
+        if ranges and int(layer) == int(ranges[-1][-1]) + 1:
+            ranges[-1] = [ranges[-1][0], layer]
+        else:
+            ranges.append([layer])
+    return ", ".join(map("-".join, ranges))
+
+
 def phases_table(corpus, arms):
     """How many curves (layers or heads x seeds) rise and then fall, and by how much of the peak, by kind.
 
     The last column is of all runs that there are, of these arms and all others.
     """
     groups = {named(arm): runs(corpus, arm) for arm in arms}
-    groups["all runs"] = [report.read_run(path.parent) for path in sorted(LOGS.glob("*/*/probes.jsonl"))]
+    groups["all runs"] = [finished.read_run(path.parent) for path in sorted(LOGS.glob("*/*/probes.jsonl"))]
     rows = [["", *groups]]
-    curves = [report.layer_curves(group) for group in groups.values()]
-    kinds = {kind: report.LABELS[kind] for kind in curves[0]}
+    curves = [finished.layer_curves(group) for group in groups.values()]
+    kinds = {kind: finished.LABELS[kind] for kind in curves[0]}
     if "entropy" in kinds:
         kinds = {"entropy/head": "attention entropy, head by head", **kinds}
         for of_group, group in zip(curves, groups.values()):
@@ -361,7 +373,7 @@ def phases_table(corpus, arms):
             if do:
                 peaks = sorted(p["peak"] for _, p in do)
                 fall = np.median([p["fall"] for _, p in do])
-                cell += (f": layers {report.layer_ranges(sorted({layer for layer, _ in do}))}, "
+                cell += (f": layers {layer_ranges(sorted({layer for layer, _ in do}))}, "
                          f"peak at {peaks[len(peaks) // 2]}, falls by {fall:.0%}")
             cells.append(cell)
         rows.append([label, *cells])
@@ -376,7 +388,7 @@ def speedup_table(corpus, arms):
         groups = [[run for run in runs(corpus, name) if run["seed"] in of_both] for name in (arm, BASELINE)]
         if not of_both:
             continue
-        levels, speedups = report.speedup(groups)
+        levels, speedups = speedup(groups)
         cells = ["no loss that all reach", "", "", ""]
         if "flops" in speedups:
             ratios, errors, p = speedups["flops"]
@@ -389,6 +401,22 @@ def speedup_table(corpus, arms):
     return markdown(rows)
 
 
+def training_curve(run, mixed):
+    """(steps, training loss in nats), a running mean over five lines; mixed: averaged with the query losses.
+
+    The published trainer averages the losses of all micro-steps, whatever their kind, into one curve. A query
+    loss is of N words, not of a vocabulary, so it is lower without any language being learned.
+    """
+    steps, losses = [], []
+    for line in run["log"]:
+        share = line.get("share/episodes", 0.0) if mixed else 0.0
+        parts = [(1 - share, line.get("train/loss")), (share, line.get("meta/query_loss"))]
+        if "lr" in line and all(loss is not None for weight, loss in parts if weight > 0):
+            steps.append(line["step"])
+            losses.append(sum(weight * loss for weight, loss in parts if weight > 0))
+    return np.array(steps[4:], float), np.convolve(losses, np.ones(5) / 5, "valid")
+
+
 def mixed_table(corpus, columns):
     """The last training loss by both curves, and how much sooner an arm is at the last that both reach."""
     sooner = "vanilla's updates / its own"
@@ -398,12 +426,12 @@ def mixed_table(corpus, columns):
         pairs = [[by_seed[seed] for by_seed in of] for seed in of[0] if seed in of[1]]
         cells = []
         for with_queries in (False, True):
-            curves = [[report.training_curve(run, with_queries) for run in pair] for pair in pairs]
+            curves = [[training_curve(run, with_queries) for run in pair] for pair in pairs]
             if not curves:
                 cells += [MISSING] * 3
                 continue
             last = [[losses[-1] for _, losses in pair] for pair in curves]
-            needed = [[report.reach(losses, steps, max(both)) for steps, losses in pair]
+            needed = [[reach(losses, steps, max(both)) for steps, losses in pair]
                       for pair, both in zip(curves, last)]
             ratio = math.exp(np.mean([math.log(vanilla / own) for own, vanilla in needed]))
             cells += [*(f"{loss:.3f}" for loss in np.mean(last, axis=0)), f"{ratio:.2f}"]
@@ -455,13 +483,13 @@ def ner_panel(ax):
 def over_time_panel(ax, kind, title, legend):
     curves = []
     for arm, color in COLORS.items():
-        by_layer = report.layer_curves(runs("books", arm)).get(kind, {})
-        means = [report.mean_curve(of_layer) for of_layer in by_layer.values()]
+        by_layer = finished.layer_curves(runs("books", arm)).get(kind, {})
+        means = [finished.mean_curve(of_layer) for of_layer in by_layer.values()]
         if means:
-            curves.append(report.mean_curve(means))
+            curves.append(finished.mean_curve(means))
             style = "--" if arm == "best" else "-"  # it lies on vanilla's
             ax.plot(*curves[-1], color=color, ls=style, label=named(arm))
-    ax.set(xlabel="updates", title=title, ylim=report.y_limits(curves))
+    ax.set(xlabel="updates", title=title, ylim=drawing.y_limits(curves))
     if legend:
         ax.legend()
 
@@ -490,9 +518,9 @@ def figure():
     if any(run["ner"] for run in runs("books", BASELINE)):
         panels.append(ner_panel)
     panels += [domains_panel,
-               partial(over_time_panel, kind="rank/resid", title=report.LABELS["rank/resid"], legend=False),
-               partial(over_time_panel, kind="entropy", title=report.LABELS["entropy"], legend=True)]
-    return report.draw(report.in_threes("", panels), size=(3.4, 2.7), font=10)
+               partial(over_time_panel, kind="rank/resid", title=finished.LABELS["rank/resid"], legend=False),
+               partial(over_time_panel, kind="entropy", title=finished.LABELS["entropy"], legend=True)]
+    return drawing.draw([("", panels)], size=(3.4, 2.7), font=10)
 
 
 # ---- README.md ----

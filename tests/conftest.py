@@ -1,31 +1,38 @@
-"""A toy corpus (no network, no download) and a toy model that the tests share."""
+"""A toy corpus (no network, no download), a toy model and runs of both that the tests share."""
 
 import base64
+import functools
 import json
+import os
 import random
 import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # sums in another order would differ in the last bit
+
 import numpy as np
 import pytest
 import torch
+from forks import Forks
 
-import checkpoint
-import config
 import prepare
 import train
-from config import UserError
 from model import Decoder
+from nanomaml import checkpoint, config, machine
+from nanomaml.config import UserError
 
 # A suite that is started in the background, or under nohup, has these ignored, and so would its children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+machine.peak_flops = functools.cache(machine.peak_flops)  # a second each
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
 TOY_VOCAB = 256 + 3000 + 2
+CLOCK = {"seconds", "tok_per_s", "mfu", "data_wait"}  # of a log: what no two runs have in common
 
 # What a run of seconds on the toy corpus is started with. A file, so that flags may override it.
 TOY = [str(Path(__file__).with_name("toy_run.py"))]
@@ -101,3 +108,54 @@ def same(a, b):
 def toy_config(**changes):
     """The settings of a run on the toy corpus."""
     return replace(config.load(train.Config, TOY), **changes)
+
+
+# ---- runs of train.py ----
+
+
+def run(toy, out_dir, *flags):
+    """A run in this process, of ten updates or as the flags say: (its last checkpoint's state, `log`)."""
+    train.main(TOY + last_of_each(f"--data={toy}", f"--out_dir={out_dir}", "--max_steps=10", *flags))
+    return checkpoint.newest(out_dir), log(out_dir)
+
+
+def log(out_dir, name="log.jsonl"):
+    """The lines of a log but for the clock's."""
+    texts = Path(out_dir, name).read_text().splitlines()
+    return [{key: x for key, x in json.loads(text).items() if key not in CLOCK} for text in texts]
+
+
+def results(out_dir):
+    """All that a run leaves but for the clock: parameters, optimizer, counters and lines, in order."""
+    state = checkpoint.newest(out_dir)
+    kept = ("model", "learner", "optimizers", "step", "tokens", "flops", "skipped")
+    return [state[key] for key in kept] + [log(out_dir), log(out_dir, "probes.jsonl")]
+
+
+def rewrite(path, change):
+    """Applies `change` to the state of a checkpoint."""
+    state = checkpoint.read(path)
+    change(state)
+    checkpoint.save(path.parent, state, keep=99)
+
+
+@pytest.fixture(scope="session")
+def whole(toy, tmp_path_factory):
+    """The folder of ten hybrid updates with accumulation that met nothing. Only to be read."""
+    out_dir = tmp_path_factory.mktemp("runs") / "whole"
+    run(toy, out_dir)
+    return out_dir
+
+
+@pytest.fixture
+def half(whole, tmp_path):
+    """A copy of it where the newest checkpoint is that of step 5."""
+    out_dir = shutil.copytree(whole, tmp_path / "half")
+    (out_dir / "ckpt_000010.pt").unlink()
+    return out_dir
+
+
+@pytest.fixture(scope="session")
+def forks():
+    with Forks() as forks:
+        yield forks

@@ -1,49 +1,46 @@
 """adaptation.py: the instrument against a plain loop, and what it must and must not see."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import TOY, TOY_VOCAB, write_bin
+import torch.nn.functional as F
+from conftest import TOY, TOY_VOCAB, toy_config
+from test_data import write_split
+from test_model import sharp
 
 import adaptation
-import config
 import data
-from adaptation import AdaptationTest
-from model import Decoder
-from train import Config
+import train
+from nanomaml.words import word_tables
 
-CFG = replace(config.load(Config, TOY), eval_episodes=30)
+CFG = toy_config(eval_episodes=30)
 
 
 @pytest.fixture(scope="module")
 def folder(toy, tmp_path_factory):
-    """Validation text of two domains in which words repeat, with the toy's tokenizer."""
-    out = tmp_path_factory.mktemp("val")
-    (out / "tokenizer.json").write_text((toy / "tokenizer.json").read_text())
+    """Validation text of two domains in which words repeat."""
+    folder = tmp_path_factory.mktemp("val")
     for seed, name in enumerate(("train", "val_a", "val_b")):
-        ids = 256 + np.random.default_rng(seed).integers(0, 1500, 20_000)
-        write_bin(out / f"{name}_000000.bin", ids)
-    return out
+        write_split(folder, data.load_tokenizer(toy), random_ids(256, 1500, 20_000, seed), [name])
+    return folder
+
+
+def random_ids(low, n, size=5000, seed=0):
+    return low + np.random.default_rng(seed).integers(0, n, size)
 
 
 def instrument(folder, **changes):
-    return AdaptationTest(replace(CFG, **changes), data.open_corpus(folder)[1], data.load_tokenizer(folder))
-
-
-def sharp():
-    decoder = Decoder(CFG, torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        for p in decoder.parameters():
-            p.mul_(6 if p.dim() == 2 else 1)
-    return decoder
+    validation, tokenizer = data.open_corpus(folder)[1], data.load_tokenizer(folder)
+    return adaptation.AdaptationTest(replace(CFG, **changes), validation, tokenizer)
 
 
 def test_the_windows_are_held_out_text_of_words_that_may_and_may_not_be_classes(folder):
-    test, tables = instrument(folder), data.word_tables(data.load_tokenizer(folder))
-    text = {name: np.concatenate(split.shards) for name, split in data.open_corpus(folder)[1].items()}
-    contexts = np.concatenate([np.lib.stride_tricks.sliding_window_view(ids, 8) for ids in text.values()])
+    test, tables = instrument(folder), word_tables(data.load_tokenizer(folder))
+    text = [np.concatenate(split.shards) for split in data.open_corpus(folder)[1].values()]
+    contexts = np.concatenate([np.lib.stride_tricks.sliding_window_view(ids, 8) for ids in text])
     assert list(test.pools) == ["", "new_"]
     for prefix, pool in test.pools.items():
         assert pool.shape == (16, 4, 8) and (pool[..., -1] == TOY_VOCAB - 1).all(), "windows end at the mask"
@@ -56,14 +53,16 @@ def test_the_windows_are_held_out_text_of_words_that_may_and_may_not_be_classes(
     assert words.shape == (30, 4) and all(len(set(row)) == 4 for row in words.tolist())
     assert (places // 4 == words[:, :, None]).all() and places.shape == (30, 4, 4)
     assert all(len(set(row)) == 16 for row in places.flatten(1).tolist()), "no window is support and query"
+    test = instrument(folder, eval_ways=5000)  # fewer where the text has no more words
+    assert all(2 <= len(pool) < 5000 for pool in test.pools.values()) and "16-way" not in test.describe()
 
 
 @pytest.mark.parametrize("every_word", [False, True])
 def test_accuracies_equal_a_plain_loop(folder, every_word):
     """An ordinary linear layer from zero, trained by an ordinary optimizer, episode by episode."""
-    test, decoder = instrument(folder), sharp()
+    test, decoder = instrument(folder), sharp(CFG)
     results = test.episodes(decoder, torch.float32, every_word)
-    assert len(results) == 2 * 2 * 2
+    target = torch.arange(4).repeat_interleave(2)
     for prefix, pool in test.pools.items():
         pool = pool if every_word else pool[:4]
         words, places = test.draw(len(pool), 4, 120 if every_word else 30)
@@ -75,16 +74,15 @@ def test_accuracies_equal_a_plain_loop(folder, every_word):
                 head = torch.nn.Linear(24, 4)
                 torch.nn.init.zeros_(head.weight), torch.nn.init.zeros_(head.bias)
                 sgd = torch.optim.SGD(head.parameters(), lr=CFG.inner_lr)
-                support, query = places[i, :, :2].flatten(), places[i, :, 2:].flatten()
-                target = torch.arange(4).repeat_interleave(2)
+                support, query = (part.flatten() for part in places[i].split(2, dim=1))
                 for _ in range(CFG.inner_steps):
                     sgd.zero_grad()
-                    torch.nn.functional.cross_entropy(head(x[support]), target).backward()
+                    F.cross_entropy(head(x[support]), target).backward()
                     sgd.step()
                 logits = head(x[query])
                 assert torch.equal(correct[i], logits.argmax(-1) == target)
-                loss = torch.nn.functional.cross_entropy(logits, target)
-                assert losses[i].mean().item() == pytest.approx(loss.item(), rel=1e-4)
+                expected = F.cross_entropy(logits, target, reduction="none")
+                assert torch.allclose(losses[i], expected, rtol=1e-4, atol=1e-6)
             unadapted = results[prefix, read_out, "unadapted"][1].float().mean(1)
             assert unadapted.eq(0.25).all(), "chance"
 
@@ -97,13 +95,13 @@ def test_the_error_is_over_words(folder, monkeypatch):
         correct = (words % 2 == 0).repeat_interleave(2, dim=1)
         drawn[prefix, "mask", "adapted"] = words, correct, torch.zeros(correct.shape)
     monkeypatch.setattr(test, "episodes", lambda *args: drawn)
-    metrics = test.final(sharp(), torch.float32)
+    metrics = test.final(sharp(CFG), torch.float32)
     assert metrics["final/mask_query_acc"] == pytest.approx(0.5, abs=0.03)
     assert metrics["final/mask_query_acc_error"] == pytest.approx(0.5 * (16 / 15) ** 0.5 / 16**0.5)
 
 
 def test_it_is_the_same_for_every_seed_and_leaves_no_trace(folder):
-    decoder = sharp().train()
+    decoder = sharp(CFG).train()
     rng, weights = torch.get_rng_state(), [p.clone() for p in decoder.parameters()]
     metrics = instrument(folder).measure(decoder, torch.float32)
     assert metrics == instrument(folder, seed=7).measure(decoder, torch.float32)
@@ -116,55 +114,23 @@ def test_it_is_the_same_for_every_seed_and_leaves_no_trace(folder):
         assert metrics[f"val/{prefix}query_acc_unadapted"] == 0.25
 
 
-def test_it_sees_features_that_tell_the_words_apart(folder):
-    """A feature before the word that gives it away adapts to 1; one that says nothing stays at chance."""
-    test = instrument(folder, inner_steps=50)
-
-    def hidden(windows):
-        x = torch.zeros(*windows.shape, 24)
-        for row, window in enumerate(windows.tolist()):
-            x[row, -2, known.index(window) // 4] = 5.0  # the number of the word
-        return x
-
-    test.pools.pop("new_")
-    known, decoder = test.pools[""].flatten(0, 1).tolist(), sharp()
-    decoder.hidden = hidden
-    metrics = test.measure(decoder, torch.float32)
-    assert metrics["val/context_query_acc"] == 1.0 and metrics["val/mask_query_acc"] == 0.25
-
-
-def test_text_with_too_few_words_gives_fewer_ways_or_none(folder, tmp_path):
-    test = instrument(folder, eval_ways=5000)
-    assert all(2 <= len(pool) < 5000 for pool in test.pools.values()) and "16-way" not in test.describe()
-    (tmp_path / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
-    for name in ("train", "val"):
-        write_bin(tmp_path / f"{name}_000000.bin", np.arange(256, 1256))
-    test = instrument(tmp_path)
-    assert test.pools == {} and "too few of its words repeat" in test.describe()
-    assert test.measure(sharp(), torch.float32, is_last=True) == {}
+@pytest.mark.parametrize("ids, reason", [
+    (np.arange(TOY_VOCAB + 1), "holds ids that the tokenizer lacks"),
+    (np.arange(256, 1256), "too few of its words repeat"),
+    (random_ids(97, 26), "no words between spaces"),
+    (random_ids(256, 20), "of them too frequent, above 4 times"),
+])
+def test_what_cannot_be_measured_names_its_reason(toy, tmp_path, ids, reason):
+    test = instrument(write_split(tmp_path, data.load_tokenizer(toy), ids))
+    assert test.pools == {} and reason in test.describe()
+    assert test.measure(sharp(CFG), torch.float32, is_last=True) == {}
+    if "frequent" in reason:
+        assert list(instrument(tmp_path, max_word_share=0.1).pools) == [""]
 
 
 def test_the_script_measures_finished_runs(toy, tmp_path, capsys):
-    import json
-
-    import train
-
     train.main([*TOY, f"--data={toy}", f"--out_dir={tmp_path}", "--max_steps=1", "--meta_share=0"])
     capsys.readouterr()
     adaptation.main([str(tmp_path)])
     line = json.loads(capsys.readouterr().out)
     assert line["step"] == 1 and {"final/mask_query_acc", "final/context_query_acc_error"} <= line.keys()
-
-
-def test_what_cannot_be_measured_names_its_reason(folder, tmp_path):
-    (tmp_path / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
-    for ids, reason in (
-        (np.arange(TOY_VOCAB + 1), "holds ids that the tokenizer lacks"),
-        (97 + np.random.default_rng(0).integers(0, 26, 5000), "no words between spaces"),
-        (256 + np.random.default_rng(0).integers(0, 20, 5000), "too frequent, above 4 times; raise"),
-    ):
-        for name in ("train", "val"):
-            write_bin(tmp_path / f"{name}_000000.bin", ids)
-        test = instrument(tmp_path)
-        assert test.pools == {} and reason in test.describe()
-    assert list(instrument(tmp_path, max_word_share=0.1).pools) == [""]

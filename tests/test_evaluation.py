@@ -7,26 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TOY_VOCAB, write_bin
+from conftest import ROOT, TOY_VOCAB, random_run, rewrite, write_bin
 
-import checkpoint
 import data
 import eval_ner
 import export
-from model import Decoder, ModelConfig
+from model import ModelConfig
+from nanomaml import checkpoint
 
-ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.slow  # transformers and lm_eval take seconds to import
 MODEL = ModelConfig(d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=TOY_VOCAB + 6, context=24)
 
 
 @pytest.fixture(scope="module")
 def run(toy, tmp_path_factory):
-    """A run's folder with a checkpoint of a small random model. Its logits are far from uniform."""
-    out = tmp_path_factory.mktemp("run")
-    decoder = Decoder(MODEL, torch.Generator().manual_seed(1))
-    decoder.lm_head.weight.data *= 20
-    checkpoint.save(out, {"step": 7, "model": decoder.state_dict(), "config": vars(MODEL)}, keep=1)
-    (out / "tokenizer.json").write_text((toy / "tokenizer.json").read_text())
+    """The folder of a small random model whose logits are far from uniform."""
+    out = random_run(toy, tmp_path_factory.mktemp("runs") / "run", MODEL)
+    rewrite(out / "ckpt_000007.pt", lambda state: state["model"]["lm_head.weight"].mul_(20))
     return out
 
 
@@ -48,16 +45,14 @@ def test_lm_eval_gives_the_bits_per_byte_of_our_validation_loss(toy, run, export
     document = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
     Path("val.yaml").write_text(re.search(r"```yaml\n(.*?)```", document, re.S)[1])
     tokenizer = data.load_tokenizer(run)
-    ids = data.open_corpus(toy)[0].shards[0][:7 * MODEL.context].tolist()
-    ids = [i if i < TOY_VOCAB - 2 else 300 for i in ids]
+    ids = data.open_corpus(toy)[0].shards[0][:7 * MODEL.context].clip(max=TOY_VOCAB - 3).tolist()
     text = tokenizer.decode(ids)
     assert tokenizer.encode_ordinary(text) == ids
     Path("val.jsonl").write_text(json.dumps({"text": text}) + "\n")
 
     results = lm_eval.simple_evaluate(
         model="hf", model_args={"pretrained": str(exported), "dtype": "float32"}, tasks=["val"],
-        task_manager=TaskManager(include_path=str(tmp_path)), device="cpu", batch_size=2,
-    )
+        task_manager=TaskManager(include_path=str(tmp_path)), device="cpu", batch_size=2)
     for name in ("train_000000", "val_000000"):
         write_bin(tmp_path / f"{name}.bin", [tokenizer.eot_token, *ids])
     batch = data.eval_sequences(data.open_corpus(tmp_path)[1]["val"], MODEL.context, 100)
@@ -76,15 +71,12 @@ def test_ner_fine_tuning_equals_that_of_transformers(toy, run, exported):
     tags = ["O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC"]
     generator = torch.Generator().manual_seed(3)
 
-    def sentence():
-        picked = torch.randint(60, (int(torch.randint(2, 30, (), generator=generator)),), generator=generator)
-        return [words[i] for i in picked], [tags[i % 7] for i in picked]
-
-    treebank = eval_ner.Treebank([sentence() for _ in range(48)], tokenizer, MODEL.context, "first")
+    picked = [torch.randint(60, (2 + 7 * i % 28,), generator=generator).tolist() for i in range(48)]
+    sentences = [([words[i] for i in places], [tags[i % 7] for i in places]) for places in picked]
+    treebank = eval_ner.Treebank(sentences, tokenizer, MODEL.context, "first")
     cfg = eval_ner.Config(lr=3e-3, epochs=3, batch_size=16)
     lines = []
-    decoder = checkpoint.load_model(run)
-    eval_ner.fine_tune(decoder, treebank, treebank, cfg, 5, torch.float32, lines.append)
+    eval_ner.fine_tune(checkpoint.load_model(run), treebank, treebank, cfg, 5, torch.float32, lines.append)
     ours = [line["ner/seed5/loss"] for line in lines]
 
     theirs = transformers.AutoModelForTokenClassification.from_pretrained(exported, num_labels=7)

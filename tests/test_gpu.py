@@ -1,14 +1,11 @@
 """What CUDA computes equals what the CPU does. Skipped where there is no GPU."""
-
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import TOY
-from test_train import ROOT, log, run
+from conftest import ROOT, TOY, log, run, toy_config
 
 import bench
 import data
@@ -17,55 +14,32 @@ import train
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
-def step(toy, device, dtype, flags=()):
+def step(toy, device, dtype, **changes):
     """{kind: (loss, gradients)} of a micro-step of each kind, at a width that tensor cores and fused
     attention take.
     """
-    cfg = train.config.load(
-        train.Config,
-        [
-            *TOY,
-            f"--data={toy}",
-            "--d_model=128",
-            "--n_heads=4",
-            "--n_kv_heads=2",
-            "--d_hidden=256",
-            "--inner_lr=0.2",
-            *flags,
-        ],
-    )
+    cfg = toy_config(d_model=128, n_heads=4, n_kv_heads=2, d_hidden=256, inner_lr=0.2, **changes)
     torch.backends.cuda.matmul.allow_tf32 = False
-    learner = train.build_learner(cfg, dtype).to(device)
-    corpus, tokenizer = data.open_corpus(toy)[0], data.load_tokenizer(toy)
-    series = {
-        "lm": data.Sequences(corpus, cfg.context, cfg.seed),
-        "episodes": data.Episodes(corpus, tokenizer, cfg.ways, cfg.shots, cfg.queries, cfg.window, cfg.seed),
-    }
-    found = {}
-    for kind, batches in series.items():
-        batch = batches[range(2)]
+    learner, found = train.build_learner(cfg, dtype).to(device), {}
+    sources = train.build_sources(cfg, {"lm", "episodes"}, data.open_corpus(toy)[0], data.load_tokenizer(toy))
+    for kind, source in sources.items():
+        batch = source.batches[range(2)]
         losses, _ = learner(kind, type(batch)(*(t.to(device) for t in batch)))
         loss = sum(losses.values())
         loss.backward()
-        found[kind] = (
-            loss.item(),
-            {name: p.grad.cpu() for name, p in learner.named_parameters() if p.grad is not None},
-        )
+        grads = {name: p.grad.cpu() for name, p in learner.named_parameters() if p.grad is not None}
+        found[kind] = (loss.item(), grads)
         learner.zero_grad(set_to_none=True)
     return found
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [[], ["--adapt=all"], ["--adapt=all", "--first_order=False"]],
-    ids=["head", "all", "second order"],
-)
-@pytest.mark.parametrize(
-    ("dtype", "near"), [(torch.float32, 1e-3), (torch.bfloat16, 5e-2)], ids=["float32", "bfloat16"]
-)
-def test_both_kinds_of_step_equal_those_on_the_cpu(toy, dtype, near, flags):
+@pytest.mark.parametrize("changes", [{}, {"adapt": "all"}, {"adapt": "all", "first_order": False}],
+                         ids=["head", "all", "second order"])
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-3), (torch.bfloat16, 5e-2)],
+                         ids=["float32", "bfloat16"])
+def test_both_kinds_of_step_equal_those_on_the_cpu(toy, dtype, near, changes):
     """Losses and every gradient; bfloat16 against float32 on the CPU."""
-    here, there = step(toy, "cpu", torch.float32, flags), step(toy, "cuda", dtype, flags)
+    here, there = step(toy, "cpu", torch.float32, **changes), step(toy, "cuda", dtype, **changes)
     for kind, (loss, grads) in here.items():
         other, others = there[kind]
         assert other == pytest.approx(loss, rel=near) and others.keys() == grads.keys()
@@ -92,29 +66,12 @@ def test_a_compiled_run_equals_an_eager_one_and_is_resumed(toy, tmp_path, dtype,
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU: no ranks")
 def test_two_ranks_take_a_gpu_each(toy, tmp_path):
     """NCCL."""
-    result = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            str(ROOT / "train.py"),
-            *TOY,
-        ]
-        + [f"--data={toy}", f"--out_dir={tmp_path}", "--max_steps=4", "--device=cuda", "--seed=4"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ,
-    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    flags = [f"--data={toy}", f"--out_dir={tmp_path}", "--max_steps=4", "--device=cuda", "--seed=4"]
+    result = subprocess.run([*torchrun, ROOT / "train.py", *TOY, *flags], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert [line["step"] for line in log(tmp_path) if "train/loss" in line or "meta/query_loss" in line] == [
-        1,
-        2,
-        3,
-        4,
-    ]
+    steps = [line["step"] for line in log(tmp_path) if "train/loss" in line or "meta/query_loss" in line]
+    assert steps == [1, 2, 3, 4]
 
 
 def test_the_logits_are_never_whole_in_float32():

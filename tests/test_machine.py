@@ -1,4 +1,4 @@
-"""machine.py: devices, dtypes and ranks."""
+"""nanomaml/machine.py, and nanomaml/ranks.py in one process: devices, dtypes and locks."""
 
 import errno
 import os
@@ -6,69 +6,55 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
+from conftest import refuses
 
-import machine
-from config import UserError
-
-
-def test_a_device_that_is_not_there_is_refused_in_one_line():
-    unknown = "device must be auto, cuda, mps or cpu, got 'warp'"
-    for name, says in (("warp", unknown), ("cuda:77", "device cuda:77 is not available here")):
-        with pytest.raises(UserError, match=says) as error:
-            machine.pick_device(name, "auto")
-        assert "\n" not in str(error.value)
+from nanomaml import machine, ranks
 
 
-def test_several_ranks_share_no_named_device(monkeypatch):
+def test_a_device_that_is_not_there_or_cannot_be_shared_is_refused(monkeypatch):
+    for name in ("warp", "cuda:77"):
+        refuses(lambda: machine.pick_device(name, "auto"), f"device {name} is not available here")  # noqa: B023
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="device = 'cuda:1' with several ranks: give cuda .* or cpu"):
-        machine.pick_device("cuda:1", "auto")
+    refuses(lambda: machine.pick_device("cuda:1", "auto"), "'cuda:1' with several ranks: give cuda", "or cpu")
     assert machine.pick_device("cpu", "float32") == (torch.device("cpu"), torch.float32)
     assert machine.describe(torch.device("cpu"), torch.float32).startswith("cpu, float32, 2 ranks of ")
 
 
-@pytest.mark.parametrize("instructions, dtype", [({}, torch.float32), ({"amx_bf16": True}, torch.bfloat16)])
-def test_bfloat16_is_chosen_where_the_processor_has_it(monkeypatch, instructions, dtype):
+def test_bfloat16_is_chosen_where_the_processor_has_it(monkeypatch):
     """Emulated, it is a hundred times slower than float32."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
-    assert machine.pick_device("cpu", "auto")[1] == dtype
-
-
-def test_any_rank_of_one_process():
-    assert machine.any_rank([15]) and not machine.any_rank([])
+    for instructions, dtype in (({}, torch.float32), ({"amx_bf16": True}, torch.bfloat16)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", dict(instructions).copy)
+        assert machine.pick_device("cpu", "auto")[1] == dtype
 
 
 def test_one_writer_holds_a_folder_until_it_is_killed(tmp_path):
     """Two processes are never both let in; who holds it is named, and a kill lets go of it."""
     path = tmp_path / "lock"
-    code = ("import machine, sys, time\nwith machine.only_writer(sys.argv[1], 'out/a'):\n"
+    code = ("import sys, time\nfrom nanomaml import ranks\nwith ranks.only_writer(sys.argv[1], 'out/a'):\n"
             "    print('held', flush=True)\n    time.sleep(600)")
     other = subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=Path(__file__).parents[1],
                              stdout=subprocess.PIPE)
     assert other.stdout.readline() == b"held\n"
-    with pytest.raises(UserError, match=f"out/a is being written by process {other.pid} on "):
-        with machine.only_writer(path, "out/a"):
-            raise AssertionError
+    refuses(lambda: ranks.only_writer(path, "out/a").__enter__(),
+            f"out/a is being written by process {other.pid} on ")
     other.kill()
     other.wait()
-    with machine.only_writer(path, "out/a", wait=True):
+    with ranks.only_writer(path, "out/a", wait=True):
         assert str(os.getpid()) in Path(f"{path}.holder").read_text()
     assert not Path(f"{path}.holder").exists()
 
 
-def test_a_file_in_the_way_is_refused_and_a_lack_of_locks_is_warned_of(tmp_path, monkeypatch, capsys):
+def test_a_link_to_nothing_is_refused_and_a_lack_of_locks_is_warned_of(tmp_path, monkeypatch, capsys):
     """Lustre and NFS may be mounted without locks: that is no reason to stop a run."""
     (tmp_path / "link").symlink_to(tmp_path / "nothing")
-    with pytest.raises(UserError, match="it is a link to .*nothing, which does not exist: out/a"):
-        with machine.only_writer(tmp_path / "link" / "lock", "out/a"):
-            raise AssertionError
+    refuses(lambda: ranks.only_writer(tmp_path / "link" / "lock", "out/a").__enter__(),
+            f"cannot write out/a (a link to {tmp_path}/nothing)")
 
     def acquire(self, timeout):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(machine.FileLock, "acquire", acquire)
-    with machine.only_writer(tmp_path / "lock", "out/a"):
+    monkeypatch.setattr(ranks.FileLock, "acquire", acquire)
+    with ranks.only_writer(tmp_path / "lock", "out/a"):
         pass
     assert "no locks (No locks available): let no other process write out/a" in capsys.readouterr().err

@@ -18,9 +18,10 @@ PRELUDE = """
 import json, sys
 from dataclasses import replace
 from pathlib import Path
-import pytest, torch
-import checkpoint, config, meta, probes, report, schedule, train
-from config import UserError
+import numpy as np, pytest, torch
+import data, export, meta, probes, report, schedule, train
+from nanomaml import checkpoint, config, drawing, runs
+from nanomaml.config import UserError
 sys.path.append(tests)
 from conftest import same
 
@@ -43,6 +44,11 @@ FLAGS = {
     "meta-sgd": ["--first_order=False", "--head_layers=2", "--inner_lr=0.1"],
     "muon": ["--head_layers=2", "--inner_lr=0.1"],
     "ahead-objective": ["--meta_share=0.3", "--ahead_share=0.4"],
+    "sliding-window": ["--span=5"],
+    "meta-decay": ["--meta_decay=0.5", "--meta_share=1"],
+    "query-lm": ["--query_lm", "--read_out=context"],
+    "batch-episodes": ["--episodes_from=batch", "--read_out=context", "--meta_share=1", "--shots=1",
+                       "--queries=1"],
 }
 
 CHECKS = {
@@ -119,7 +125,7 @@ CHECKS = {
         assert metrics["anisotropy/resid/01"] == pytest.approx((x @ x.T).mean().item(), abs=1e-5)
         assert all("anisotropy/resid/00" in line for line in lines("probes.jsonl"))
         assert "anisotropy/resid" in report.write([["run"]], "report")
-        fig = report.figure(report.read_groups([["run"]]), ["run"])
+        fig = drawing.figure(runs.read_groups([["run"]]), ["run"])
         titles = [ax.get_title() for part in fig.subfigs for ax in part.get_axes()]
         assert any("anisotropy/resid" in title for title in titles), titles
         """,
@@ -136,6 +142,58 @@ CHECKS = {
                                                   batch.targets[:, 1:].flatten())
         loss = learner("ahead", batch)[0]["ahead"]  # its map starts as the identity
         assert loss.item() == pytest.approx(plain.item(), abs=1e-5)
+        """,
+    "sliding-window": """
+        decoder, ids = checkpoint.load_model(state), torch.randint(0, 3000, (2, 32))
+        other = ids.clone()
+        other[:, 0] = 7  # two layers look back 4 positions each
+        assert torch.equal(decoder(ids)[:, 9:], decoder(other)[:, 9:])
+        assert not torch.equal(decoder(ids)[:, 8], decoder(other)[:, 8])
+        metrics = probes.measure(decoder, ids)
+        entropies = [value for key, value in metrics.items() if key.startswith("entropy_nats/")]
+        assert 0 < max(entropies) <= np.log(5) + 1e-6, entropies
+        with pytest.raises(UserError, match="span"):
+            export.main(["run", "--to=exported"])
+        """,
+    "meta-decay": """
+        losses = [line["step"] for line in log if "meta/query_loss" in line]
+        assert losses == [1, 2, 3], losses  # full weight, two thirds, a third
+        longer = [flag for flag in base if "max_steps" not in flag]
+        with pytest.raises(UserError, match="another length"):
+            train.main([*longer, *flags, "--max_steps=12"])
+        """,
+    "query-lm": """
+        assert any("train/query_lm_loss" in line for line in log)
+        corpus, tokenizer = data.open_corpus(cfg.data)[0], data.load_tokenizer(cfg.data)
+        batch = train.build_sources(cfg, {"episodes"}, corpus, tokenizer)["episodes"].batches[range(2)]
+        assert torch.equal(batch.targets[..., :-1], batch.query[..., 1:])
+        assert torch.equal(batch.targets[:, :, 0, -1], batch.words), "the word itself is predicted"
+        learner = train.build_learner(cfg, torch.float32)
+        losses, metrics = learner("episodes", batch)
+        plain = learner("lm", data.LMBatch(batch.query.flatten(0, 2), batch.targets.flatten(0, 2)))[0]["lm"]
+        assert losses["lm"].item() == pytest.approx(plain.item(), abs=1e-5)
+        assert learner.flops("episodes", batch) > 0 and batch.lm_tokens == batch.query.numel()
+        """,
+    "batch-episodes": """
+        assert all("train/loss" in line for line in log if "lr" in line)
+        sources = train.build_sources(cfg, {"joint"}, data.open_corpus(cfg.data)[0],
+                                      data.load_tokenizer(cfg.data))
+        batch, plain = (sources[kind].batches[range(64)] for kind in ("joint", "lm"))
+        assert torch.equal(batch.ids, plain.ids), "the text is that of next-token prediction"
+        places, T = torch.cat((batch.support, batch.query), dim=2), cfg.context
+        assert batch.words.shape[1] >= 2
+        spelling = torch.from_numpy(sources["joint"].batches.tables.spelling)
+        words = spelling[batch.targets.flatten()[places]]  # (E, N, K + Q)
+        assert (words == words[:, :, :1]).all()
+        assert all(len(set(row.tolist())) == len(row) for row in words[..., 0])
+        for row, of_word in zip(places.flatten(0, 1), words.flatten(0, 1)):
+            assert len(set((row // T).tolist())) == len(row), "one place in a sequence"
+            for place, word in zip(row.tolist(), of_word):
+                assert word not in spelling[batch.ids[place // T, :place % T + 1]], "the word's first place"
+        learner = train.build_learner(cfg, torch.float32)
+        losses = learner("joint", batch)[0]
+        assert losses["lm"].item() == learner("lm", plain)[0]["lm"].item()
+        assert learner.flops("joint", batch) > learner.flops("lm", plain)
         """,
     "induction-task": """
         import eval_induction
@@ -154,6 +212,17 @@ CHECKS = {
 }
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="git applies the patches")
+def test_every_recipe_applies(tmp_path):
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("nanomaml/*.py")):
+        (tmp_path / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+        shutil.copy(path, tmp_path / path.relative_to(ROOT))
+    environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
+    for name in RECIPES:
+        patch = ROOT / "recipes" / f"{name}.patch"
+        subprocess.run(["git", "apply", "--check", str(patch)], cwd=tmp_path, env=environment, check=True)
+
+
 def test_every_recipe_is_checked_and_listed_with_its_size():
     assert RECIPES == sorted(CHECKS) and len(RECIPES) >= 9
     row = r"\| \[([\w-]+)\]\(\1\.patch\).*? \| (\d+), (\d+) \| (.*) \|"
@@ -167,11 +236,12 @@ def test_every_recipe_is_checked_and_listed_with_its_size():
         assert files.split(", ") == [line.removeprefix("+++ b/") for line in lines if line.startswith("+++ ")]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("git") is None, reason="git applies the patches")
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe(toy, tmp_path, name):
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, tmp_path)
+    for path in (*ROOT.glob("*.py"), ROOT / "nanomaml"):
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
     patch = ROOT / "recipes" / f"{name}.patch"
     options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}

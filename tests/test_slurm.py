@@ -5,14 +5,11 @@ import re
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from conftest import TOY
+from conftest import ROOT, TOY
 
-import checkpoint
-
-ROOT = Path(__file__).resolve().parents[1]
+from nanomaml import checkpoint
 
 STAND_INS = {
     "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
@@ -23,23 +20,23 @@ STAND_INS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs bash")
 def test_a_job_whose_time_is_up_writes_a_checkpoint_and_comes_back_and_a_finished_one_does_not(toy, tmp_path):
     for name, body in STAND_INS.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
     env = os.environ | {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(tmp_path), "OMP_NUM_THREADS": "1",
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(tmp_path),
         "SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "localhost,other", "SLURM_NNODES": "2",
         "SLURM_GPUS_ON_NODE": "1", "SLURM_CPUS_PER_TASK": "4",
     }
 
     def submit(max_steps):
-        flags = [*TOY, f"--data={toy}", f"--out_dir={tmp_path / 'run'}", f"--max_steps={max_steps}"]
-        command = ["bash", "docs/slurm.sh", *flags, "--checkpoint_every=0"]
-        return subprocess.Popen(
-            command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        command = ["bash", "docs/slurm.sh", *TOY, f"--data={toy}", f"--out_dir={tmp_path / 'run'}",
+                   f"--max_steps={max_steps}", "--checkpoint_every=0"]
+        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                text=True)
 
     with submit(1_000_000) as job:
         for line in job.stdout:

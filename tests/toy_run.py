@@ -21,6 +21,7 @@ eval_every = 5
 probe_every = 5
 checkpoint_every = 5
 eval_sequences = 8
+eval_episodes = 8
 eval_ways = 4
 eval_shots = 2
 eval_queries = 2

@@ -4,7 +4,8 @@
     python train.py --help                                          # every key with its default and meaning
 
 Defaults < files, left to right < flags. `--key` alone turns a switch on. A config file is plain Python
-assignments, so `max_steps = 6 * 1000` works. The comment after a field is its line in `--help`.
+assignments, so `max_steps = 6 * 1000` works. The comment after a field is its line in `--help`; the type says
+what it may be: `Count`, `Share` and others below, Literal["a", "b"] for a choice.
 """
 import dataclasses
 import difflib
@@ -18,6 +19,13 @@ import sys
 import time
 import types
 import typing
+from typing import Annotated
+
+Natural = Annotated[int, "at least 0", lambda x: x >= 0]
+Count = Annotated[int, "at least 1", lambda x: x >= 1]
+NonNegative = Annotated[float, "at least 0", lambda x: x >= 0]
+Positive = Annotated[float, "positive", lambda x: x > 0]
+Share = Annotated[float, "in [0, 1]", lambda x: 0 <= x <= 1]
 
 # OSErrors that are no mistake of the user: a full or broken disk, no memory, a network that went away.
 MACHINE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ENOMEM, errno.EMFILE,
@@ -38,6 +46,17 @@ class UserError(Exception):
         self.code = code or (cause.code if isinstance(cause, UserError) else 1 if is_machine else 2)
 
 
+def require(ok, message):
+    if not ok:
+        raise UserError(message)
+
+
+def one_line(text, most=1000):
+    """A text, or what an exception says, as one line."""
+    text = " ".join(str(text).split())
+    return text if len(text) <= most else text[:most] + " ..."
+
+
 def run(main):
     """Calls `main` with the command line's arguments: how every script here starts."""
     try:
@@ -54,11 +73,10 @@ def run(main):
         if "--help" not in sys.argv:  # as `--help | head` does
             fail("standard output was closed", 1)
     except (OSError, MemoryError, RuntimeError) as error:
-        says = str(error)
-        if isinstance(error, RuntimeError) and "out of memory" not in says and "allocate memory" not in says:
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate", str(error)):
             raise
         is_mistake = isinstance(error, OSError) and error.errno not in MACHINE_ERRNOS  # such as a wrong path
-        fail(f"{type(error).__name__}: {says}", 2 if is_mistake else 1)
+        fail(f"{type(error).__name__}: {error}", 2 if is_mistake else 1)
 
 
 def fail(message, code):
@@ -67,13 +85,17 @@ def fail(message, code):
     sys.exit(code)
 
 
-def one_line(text, most=1000):
-    text = " ".join(str(text).split())
-    return text if len(text) <= most else text[:most] + " ..."
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Each value is of the type that its field declares, or UserError; subclasses check what ties fields."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, convert(field.name, getattr(self, field.name), field.type))
 
 
 def load(cls, argv, doc=""):
-    """The settings that the config files and flags in `argv` make of the dataclass `cls`.
+    """The settings that the config files and flags in `argv` make of the class `cls`.
 
     Raises UserError for an unknown key, a wrong type, a flag given twice or a file that does not run.
     `--help` prints and exits. Under torchrun only the first rank of a node says what is wrong.
@@ -95,21 +117,19 @@ def read(cls, argv, doc):
         print("\nExit code: 0 when done or stopped by a signal, 2 for a mistake in what was given, 1 for a "
               "failure of the machine.", flush=True)
         sys.exit(0)
-
-    kinds = {field.name: field.type for field in dataclasses.fields(cls)}
-    defaults, values = {field.name: field.default for field in dataclasses.fields(cls)}, {}
+    known, values = {field.name: field for field in dataclasses.fields(cls)}, {}
 
     def put(key, value, where, is_text=False):
-        if key not in kinds:
-            near = difflib.get_close_matches(key.replace("-", "_"), kinds, n=1)
+        if key not in known:
+            near = difflib.get_close_matches(key.replace("-", "_"), known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "--help lists the keys"
             raise UserError(f"unknown key {shown(key)} in {where}; {hint}")
-        values[key] = convert(key, value, kinds[key], is_text)
-        require(values[key] != "" or defaults[key] == "", f"{key} must not be empty")
+        values[key] = convert(key, value, known[key].type, is_text)
+        require(values[key] != "" or known[key].default == "", f"{key} must not be empty")
 
     for path in (arg for arg in argv if not arg.startswith("-")):
-        if not path.endswith(".py"):
-            raise UserError(f"{shown(path)} is neither a config file (*.py) nor a flag (--key=value)")
+        require(path.endswith(".py"),
+                f"{shown(path)} is neither a config file (*.py) nor a flag (--key=value)")
         try:
             names = runpy.run_path(path)
         except (Exception, SystemExit) as error:  # whatever a user's file may raise
@@ -120,8 +140,9 @@ def read(cls, argv, doc):
     given = set()
     for flag in (arg for arg in argv if arg.startswith("-")):
         match = re.fullmatch(r"--([\w-]+)(?:=(.*))?", flag, re.DOTALL)
-        if not match or match[2] is None and kinds.get(match[1], bool) is not bool:
-            raise UserError(f"flags are written --key=value, got {shown(flag)}")
+        is_switch = match and match[1] in known and known[match[1]].type in (bool, bool | None)
+        require(match and (match[2] is not None or is_switch or match[1] not in known),
+                f"flags are written --key=value, got {shown(flag)}")
         require(match[1] not in given, f"--{match[1]} is given twice")
         given.add(match[1])
         put(match[1], "True" if match[2] is None else match[2], "the flags", is_text=True)
@@ -131,76 +152,52 @@ def read(cls, argv, doc):
 def operands(argv):
     """(what is neither a flag nor a config file, the rest): for scripts that take the folders of runs."""
     paths = [arg for arg in argv if not arg.startswith("-") and not arg.endswith(".py")]
-    require(all(paths), "an argument is empty: name a folder or a file")
     return paths, [arg for arg in argv if arg not in paths]
+
+
+def one_operand(argv, what="one run's folder or checkpoint, for instance out/demo"):
+    """(the one operand, the rest of `argv`) of a script that works on one thing."""
+    given, rest = operands(argv)
+    require(len(given) == 1 or {"--help", "-h"} & set(rest), f"name {what}; got {', '.join(given) or 'none'}")
+    return "".join(given), rest
 
 
 def shown(value):
     return one_line(repr(value), 80)
 
 
-def convert(key, value, declared, is_text):
+def convert(key, value, declared, is_text=False):
     """`value` as the type that the field declares; `is_text`: it comes from a flag and is a string."""
-    union = typing.get_args(declared) if isinstance(declared, types.UnionType) else (declared,)
-    name = getattr(declared, "__name__", None) or str(declared)
-    if types.NoneType in union and (value is None or is_text and value == "None"):
-        return None
-    kind, given = union[0], value
-    if is_text and kind is not str:
-        try:
+    kind, given = declared, value
+    if isinstance(declared, types.UnionType):  # only | None is known
+        kind = typing.get_args(declared)[0]
+        if value is None or is_text and value == "None":
+            return None
+    if typing.get_origin(kind) is typing.Literal:
+        listed = ", ".join(choice or "empty" for choice in typing.get_args(kind))
+        require(value in typing.get_args(kind), f"{key} must be one of {listed}, got {shown(value)}")
+        return value
+    kind, *rules = typing.get_args(kind) or (kind,)
+    try:
+        if is_text and kind is not str:
             value = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
-        except (KeyError, ValueError):
-            raise UserError(f"{key} must be {name}, got {shown(given)}") from None
-    if kind is float and type(value) is int:
-        value = float(value) if abs(value) < 2**1000 else math.inf
-    if type(value) is not kind:
-        raise UserError(f"{key} must be {name}, got {shown(given)}")
-    if kind is float and not math.isfinite(value):
-        raise UserError(f"{key} must be finite, got {shown(given)}")
-    if kind is int and abs(value) >= 2**63:
-        raise UserError(f"{key} must be below 2**63, got {shown(given)}")
-    if kind is str and ("\0" in value or value.encode(errors="ignore").decode() != value):
-        raise UserError(f"{key} must be text without NUL, in UTF-8, got {shown(given)}")
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise ValueError
+    except (KeyError, ValueError, OverflowError):
+        name = kind.__name__ + " or None" * isinstance(declared, types.UnionType)
+        raise UserError(f"{key} must be {name}, got {shown(given)}") from None
+    require(kind is not float or math.isfinite(value), f"{key} must be finite, got {shown(given)}")
+    require(kind is not int or abs(value) < 2**63, f"{key} must be below 2**63, got {shown(given)}")
+    require(kind is not str or "\0" not in value and value.encode(errors="ignore").decode() == value,
+            f"{key} must be text without NUL, in UTF-8, got {shown(given)}")
+    for says, holds in zip(rules[::2], rules[1::2]):
+        require(holds(value), f"{key} must be {says}, got {shown(given)}")
     return value
 
 
 def comments(cls):
     """{field: trailing comment} of a dataclass and its bases, read from their source."""
-    notes = {}
-    for base in reversed(cls.__mro__[:-1]):
-        for line in inspect.getsource(base).splitlines():
-            if match := re.match(r"    (\w+): [^#]*#\s*(.*)", line):
-                notes[match[1]] = match[2]
-    return notes
-
-
-# ---- checks for a dataclass's __post_init__ ----
-
-
-def require(ok, message):
-    if not ok:
-        raise UserError(message)
-
-
-def require_at_least(cfg, least, *keys):
-    for key in keys:
-        require(getattr(cfg, key) >= least, f"{key} must be at least {least}, got {getattr(cfg, key)}")
-
-
-def require_positive(cfg, *keys):
-    for key in keys:
-        require(getattr(cfg, key) > 0, f"{key} must be positive, got {getattr(cfg, key)}")
-
-
-def require_fits(cfg, size, *keys):
-    """Refuses settings that need `size` bytes of the host's memory where it has less."""
-    has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**40
-    given = ", ".join(f"{key} = {getattr(cfg, key)}" for key in keys)
-    require(size <= has, f"too large: {given} would take {size // 2**30:,} GiB of memory, this machine has "
-                         f"{has // 2**30:,}")
-
-
-def require_choice(cfg, key, *choices):
-    value = getattr(cfg, key)
-    listed = ", ".join(choice or "empty" for choice in choices)
-    require(value in choices, f"{key} must be one of {listed}, got {shown(value)}")
+    source = "".join(map(inspect.getsource, reversed(cls.__mro__[:-1])))
+    return dict(re.findall(r"^    (\w+): [^#\n]*# *(.*)", source, re.MULTILINE))

@@ -4,13 +4,11 @@
     torch.load(path, weights_only=True)["model"]       # loads into transformers' LlamaForCausalLM
 
 A file is what torch.save writes, and then the CRC-32 of that: PyTorch checks no checksums when it loads, and
-those of a zip archive do not cover its directory.
+those of a zip archive do not cover its directory. Knows model.py, to load one.
 """
-import errno
 import os
 import re
 import sys
-import zipfile
 import zlib
 from contextlib import suppress
 from dataclasses import fields
@@ -18,12 +16,12 @@ from pathlib import Path
 
 import torch
 
-from config import UserError
 from model import Decoder, ModelConfig
+from nanomaml.config import UserError, one_line
 
 NAME = r"ckpt_\d+\.pt"
 TRAILER = b"crc32 %08x\n"  # at the end of a file: of all before it
-checked = {}  # {path: (stamp, whether it is whole)} of the files that this process wrote or read
+whole = {}  # {path: stamp} of the files that this process wrote or read, so that no save reads them again
 
 
 def paths(out_dir):
@@ -74,21 +72,15 @@ def save(out_dir, state, keep, keep_every=0):
             cause = cause.__context__
         reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"cannot write checkpoint {path}: {reason}", 1) from None
-    checked[path] = stamp(path), True
+    whole[path] = stamp(path)
     with suppress(OSError, AttributeError):  # the rename should reach the disk too; Windows cannot
         folder = os.open(out_dir, os.O_DIRECTORY)
         os.fsync(folder)
         os.close(folder)
-    kept, missing = {path}, keep - 1
     for old in reversed(paths(out_dir)):
-        if step_of(old) < state["step"]:
-            if missing > 0 and is_whole(old):
-                kept.add(old)
-                missing -= 1
-            elif keep_every and step_of(old) % keep_every == 0:
-                kept.add(old)
-    for old in paths(out_dir):
-        if old not in kept:
+        if old == path or step_of(old) < state["step"] and keep > 0 and is_whole(old):
+            keep -= 1
+        elif step_of(old) > state["step"] or not keep_every or step_of(old) % keep_every:
             old.unlink(missing_ok=True)
     for old in Path(out_dir).glob("ckpt_*.partial"):  # of a write that was killed
         old.unlink(missing_ok=True)
@@ -108,13 +100,13 @@ def stamp(path):
 def is_whole(path):
     """Whether a checkpoint's checksum is right; one that cannot be read just now counts as whole."""
     try:
-        if checked.get(path, (None,))[0] != stamp(path):
+        if whole.get(path) != stamp(path):
             check(path)
     except Damaged:
-        checked[path] = stamp(path), False
+        return False
     except OSError:
-        return True
-    return checked[path][1]
+        pass
+    return True
 
 
 def check(path):
@@ -125,24 +117,14 @@ def check(path):
         while left and (content := file.read(min(left, 2**24))):
             crc, left = zlib.crc32(content, crc), left - len(content)
         trailer = file.read()
-    if trailer[:6] != TRAILER[:6]:  # of an older version: the archive must end where the file does
-        try:
-            with zipfile.ZipFile(path) as archive:
-                bad = "the end" if archive.comment or trailer[-2:] != b"\0\0" else archive.testzip()
-        except Exception as error:  # zipfile has several; a seek to nowhere is an OSError
-            if isinstance(error, OSError) and error.errno != errno.EINVAL:
-                raise
-            raise Damaged(f"checkpoint {path} is damaged: {one_line(error)}") from None
-        if bad is not None:
-            raise Damaged(f"checkpoint {path} is damaged: wrong checksum in {bad}")
-    elif trailer != TRAILER % crc:
+    if trailer != TRAILER % crc:
         raise Damaged(f"checkpoint {path} is damaged: its checksum is {(TRAILER % crc).decode().strip()}, it "
                       f"should be {trailer.decode(errors='replace').strip()}")
-    checked[Path(path)] = before, True
+    whole[Path(path)] = before
 
 
-def one_line(error):
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300] or '-'}"
+def named(error):
+    return f"{type(error).__name__}: {one_line(error, 300) or '-'}"
 
 
 def read(path):
@@ -157,9 +139,9 @@ def read(path):
                 and isinstance(state.get("model"), dict) and isinstance(state.get("config"), dict)):
             raise Damaged(f"{path} is not a checkpoint of train.py")
         step, last = state["step"], state["config"].get("max_steps", state["step"])
-        named = step_of(path) if re.fullmatch(NAME, Path(path).name) else step
-        if step != named or not 0 <= step <= last:
-            raise Damaged(f"checkpoint {path} is damaged: it says step {step}, its name {named} and the "
+        in_name = step_of(path) if re.fullmatch(NAME, Path(path).name) else step
+        if step != in_name or not 0 <= step <= last:
+            raise Damaged(f"checkpoint {path} is damaged: it says step {step}, its name {in_name} and the "
                           f"run's max_steps {last}")
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}") from None
@@ -169,8 +151,8 @@ def read(path):
         raise UserError(f"cannot read checkpoint {path}: {error or type(error).__name__}") from None
     except Exception as error:  # pickle and PyTorch each have their own
         if "allocate memory" in str(error):  # a RuntimeError; the file is good
-            raise UserError(f"cannot read checkpoint {path}: {one_line(error)}") from None
-        raise Damaged(f"checkpoint {path} is damaged: {one_line(error)}") from None
+            raise UserError(f"cannot read checkpoint {path}: {named(error)}") from None
+        raise Damaged(f"checkpoint {path} is damaged: {named(error)}") from None
     return state
 
 
@@ -208,8 +190,8 @@ def load_config(cls, state):
     saved = state["config"]
     try:
         return cls(**{field.name: saved[field.name] for field in fields(cls) if field.name in saved})
-    except (TypeError, ArithmeticError) as error:  # such as a width that is text
-        raise Damaged(f"the checkpoint of step {state['step']} holds settings of no run: {one_line(error)}"
+    except (TypeError, ArithmeticError, UserError) as error:  # such as a width that is text
+        raise Damaged(f"the checkpoint of step {state['step']} holds settings of no run: {named(error)}"
                       ) from None
 
 
@@ -222,5 +204,5 @@ def load_model(source):
         decoder.load_state_dict(state["model"])
     except (KeyError, TypeError, RuntimeError, UserError) as error:
         where = "this state" if isinstance(source, dict) else source
-        raise Damaged(f"{where} holds no model of train.py: {one_line(error)}") from None
+        raise Damaged(f"{where} holds no model of train.py: {named(error)}") from None
     return decoder.eval()

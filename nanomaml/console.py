@@ -1,0 +1,117 @@
+"""What a run says on the console: its setup, a line for each log and evaluation, its last words."""
+import math
+import os
+import sys
+from contextlib import contextmanager, suppress
+
+import numpy as np
+import torch
+
+
+class Console:
+    """A text stream whose failure is reported once, on stderr, then ignored."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        self.attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, call, *args):
+        try:
+            call(*args)
+        except OSError as error:
+            with suppress(OSError):  # what is still buffered goes there too, at the latest when Python exits
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+                print(f"warning: nothing more is printed ({error.strerror}); the run goes on",
+                      file=sys.__stderr__, flush=True)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def lasting_console():
+    """While it lasts, a reader that went away (`| head`) or a full disk under the output ends nothing."""
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(Console, streams)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stdout, sys.stderr = streams
+
+
+def print_setup(cfg, schedule, corpus, validation, learner, adaptation, progress):
+    """What the run is about to do. progress: where it stands, with `resumed_at` of a resumed run."""
+    held_out = sum(split.tokens for split in validation.values())
+    sizes = [sum(p.numel() for p in module.parameters()) for module in (learner.decoder, learner.head)]
+    print(f"data      {cfg.data}: {corpus.tokens:,} training tokens, {held_out:,} for validation; unigram "
+          f"entropy {corpus.unigram_entropy():.3f} nats")
+    print(f"model     {sizes[0]:,} parameters, and {sizes[1]:,} in the episode head; "
+          f"{'compiled' if learner.decoder.is_compiled else 'eager'}")
+    print(f"update    {cfg.global_batch_size} sequences x {cfg.context} tokens = "
+          f"{cfg.global_batch_size * cfg.context:,}: {schedule.micro_steps} micro-steps x {cfg.batch_size} "
+          f"sequences x {schedule.world} rank{'s' * (schedule.world > 1)}")
+    if (schedule.kinds != "lm").any():
+        print(f"episodes  {cfg.meta_share:.0%} of micro-steps from step {cfg.meta_start} on: {cfg.ways}-way "
+              f"{cfg.shots}-shot, {cfg.queries} queries a word, {cfg.inner_steps} inner steps at "
+              f"{cfg.inner_lr:g}")
+    if cfg.eval_episodes > 0:
+        print(f"adapting  on held-out text at each evaluation: {adaptation.describe()}")
+    if progress.resumed_at is not None:
+        print(f"resume    from {cfg.out_dir}/ckpt_{progress.resumed_at:06d}.pt"
+              + ": the run is finished" * (progress.resumed_at >= cfg.max_steps))
+    elif cfg.init_from:
+        print(f"start     from the model of {cfg.init_from}")
+
+
+def training_line(progress, line):
+    """`line` of log.jsonl for the console."""
+    interval, loss = progress.interval, f"{line['train/loss']:.4f}" if "train/loss" in line else "-"
+    parts = [f"step {progress.step:>6}", f"loss {loss}"]
+    if "meta/query_loss" in line:
+        parts += [f"query {line['meta/query_loss']:.3f} acc {line.get('meta/query_acc', math.nan):.3f}"]
+    parts += [f"lr {line['lr']:.2e}", f"grad {line['grad_norm']:.2f}",
+              f"{1000 * interval['seconds'] / interval['steps']:.0f} ms", f"{line['tok_per_s']:,.0f} tok/s",
+              f"MFU {line['mfu']:.0%}"]
+    parts += [f"{kind} {line[f'share/{kind}']:.0%}" for kind in progress.micro_steps if kind != "lm"]
+    parts += [f"skipped {line['skipped']}"] * (line["skipped"] > 0)
+    parts += [f"waited for data {line['data_wait']:.0%}"] * (line["data_wait"] > 0.05)
+    return " | ".join(parts)
+
+
+def evaluation_line(step, metrics, probe):
+    """An evaluation for the console, and the last probe: {} before the first, else with its "step"."""
+    losses = {name: loss for name, loss in metrics.items() if "query" not in name}
+    parts = [f"step {step:>6}", *(f"{name} {loss:.4f}" for name, loss in losses.items())]
+    for name, label in (("val/query_acc", "query acc"), ("val/new_query_acc", "of new words")):
+        parts += [f"{label} {metrics[name]:.3f}"] if name in metrics else []
+    for prefix, label in (("rank/resid/", "effective rank"), ("entropy/", "attention entropy")):
+        values = [value for name, value in probe.items() if name.startswith(prefix)]
+        parts += [f"{label} {np.mean(values):.3g}"] if values else []
+    if probe.get("step", step) != step:
+        parts[-1] += f" (step {probe['step']})"
+    return " | ".join(parts)
+
+
+def print_results(cfg, corpus, learner, tokenizer, device, metrics):
+    """The last lines of a finished run; `metrics`: those of its last evaluation, {} where there was none."""
+    loss = f"validation loss {metrics['val/loss']:.3f}, where" if metrics else "not evaluated;"
+    print(f"done      {loss} token frequencies alone give {corpus.unigram_entropy():.3f}")
+    for key, words in (("query_acc", "held-out text"), ("new_query_acc", "held-out words")):
+        if f"val/mask_{key}" in metrics:
+            print(f"          query accuracy on {words} {metrics[f'val/mask_{key}']:.3f} at the mask, "
+                  f"{metrics[f'val/context_{key}']:.3f} before the word; chance {1 / cfg.eval_ways:.3f}")
+    if cfg.meta_share > 0:
+        print("          compare with a run of configs/vanilla.py to see what episodes bring")
+    if tokenizer is not None:
+        prompt = torch.tensor([tokenizer.encode_ordinary("The function returns")], device=device)
+        generator = torch.Generator(device).manual_seed(cfg.seed)
+        with learner.decoder.eager():  # each length would be compiled anew
+            ids = learner.decoder.generate(prompt, 40, 0.8, top_k=50, generator=generator)[0].tolist()
+        print(f"sample    {tokenizer.decode([i for i in ids if i < tokenizer.n_vocab])!r}")

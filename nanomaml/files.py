@@ -1,0 +1,72 @@
+"""Files: written whole or not at all, and JSON lines, in and out."""
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+from nanomaml.config import UserError, require
+
+
+def replace(path, content):
+    """Writes a file anew, from bytes or text: a crash or a full disk (UserError) leaves the old one whole."""
+    partial = Path(f"{path}.partial")
+    try:
+        partial.write_bytes(content if isinstance(content, bytes) else content.encode())
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+def finite(line):
+    """The dict `line` without numbers that are not finite: JSON has no NaN."""
+    return {key: value for key, value in line.items() if not isinstance(value, float) or math.isfinite(value)}
+
+
+def parse(text):
+    """The object in a line of a .jsonl file (bytes), None where it holds none."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return finite(line) if isinstance(line, dict) else None
+
+
+def append(path, line):
+    """Appends the dict `line` as JSON, in place of a last line that a kill tore; UserError if it fails."""
+    try:
+        with open(path, "a+b") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - 1))
+            if file.read() not in (b"", b"\n"):
+                file.seek(max(0, end - 2**24))
+                torn = file.read().rpartition(b"\n")[2]
+                if parse(torn) is None:
+                    file.truncate(end - len(torn))
+                else:  # whole but for its end
+                    file.write(b"\n")
+            file.write(json.dumps(finite(line)).encode() + b"\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+def read_jsonl(path, *keys, skip_damaged=False):
+    """The lines of a .jsonl file as dicts with these keys, without non-finite numbers; [] without a file.
+
+    A torn last line, of a run that is still going, is skipped. Any other line that is not such JSON, or whose
+    step is no int, is a UserError with its number or, with `skip_damaged`, passed over with a warning.
+    """
+    try:
+        texts = Path(path).read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    lines = []
+    for number, text in enumerate(texts, 1):
+        line = parse(text)
+        if line is not None and all(key in line for key in keys) and type(line.get("step", 0)) is int:
+            lines.append(line)
+        elif text and number < len(texts):
+            message = f"{path}, line {number}: expected JSON with {', '.join(keys)}, got {text[:80]!r}"
+            require(skip_damaged, message)
+            print(f"warning: {message}; passed over", file=sys.stderr, flush=True)
+    return lines

@@ -1,0 +1,49 @@
+"""What a run writes while it goes: log.jsonl and probes.jsonl, one JSON object a line, and wandb beside."""
+import json
+from pathlib import Path
+
+from nanomaml import files
+from nanomaml.config import UserError
+from nanomaml.wandb_logs import start_wandb
+
+NAMES = ("log.jsonl", "probes.jsonl")
+
+
+class RunLog:
+    """Writes the lines of a run to its .jsonl files and to wandb, on the first rank alone.
+
+    A line that cannot be written waits in progress.unlogged, which a checkpoint holds; `failure` says why.
+    """
+
+    def __init__(self, cfg, progress, rank, facts):
+        self.folder, self.waiting, self.is_first = Path(cfg.out_dir), progress.unlogged, rank == 0
+        self.failure = None  # the UserError of the first line that could not be written
+        self.send, self.finish = (lambda line: None), (lambda: None)
+        if self.is_first:
+            self.write_waiting()
+            self.send, self.finish = start_wandb(cfg, self.folder.name, cfg.out_dir, progress.run_id, facts)
+
+    def write(self, name, line):
+        if self.is_first:
+            line = files.finite(line)
+            self.waiting.append([name, line])
+            self.write_waiting()
+            self.send(line)
+
+    def write_waiting(self):
+        try:
+            while self.waiting:
+                name, line = self.waiting[0]
+                files.append(self.folder / name, line)
+                del self.waiting[0]
+        except UserError as error:
+            self.failure = self.failure or error
+
+
+def truncate(folder, step):
+    """Drops the lines after `step`, which a resumed run writes again, and damaged ones with a warning."""
+    for path in (Path(folder, name) for name in NAMES):
+        lines = files.read_jsonl(path, "step", skip_damaged=True)
+        if path.exists():
+            kept = (json.dumps(line) + "\n" for line in lines if line["step"] <= step)
+            files.replace(path, "".join(kept))

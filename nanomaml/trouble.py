@@ -1,0 +1,126 @@
+"""What can go wrong with a run while it trains, and what then happens: it stops between two updates."""
+import math
+import signal
+
+import torch
+
+from nanomaml import checkpoint
+from nanomaml.config import UserError, require
+from nanomaml.ranks import any_rank, print0
+
+MAX_SKIPPED = 10  # updates in a row that may be skipped for a gradient that is not finite
+
+
+class Watch:
+    """Watches a run: signals, data that cannot be read, logs that cannot be written, numbers not finite.
+
+        with Watch(cfg, progress, log) as watch:            # log: a logs.RunLog
+            micro_steps, waited = watch.next_of(updates)
+            if watch.must_stop(): ...                       # write a checkpoint if it `is_sound`, then break
+        watch.raise_failure()
+
+    In the context SIGINT, SIGTERM, and SIGHUP of a terminal that is closed (except under nohup), let the step
+    in progress end well; a second Ctrl-C kills.
+    """
+
+    def __init__(self, cfg, progress, log):
+        self.cfg, self.progress, self.log = cfg, progress, log
+        self.signals, self.unreadable, self.look = [], None, True
+
+    def __enter__(self):
+        def on_signal(number, frame):
+            self.signals.append(number)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        self.previous = {number: signal.signal(number, on_signal) for number in numbers}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def next_of(self, updates):
+        """The next of `schedule.read_ahead`, or ([], 0.0) after the last and where it cannot be read."""
+        try:
+            return next(updates, ([], 0.0))
+        except UserError as error:
+            self.unreadable = error
+            return [], 0.0
+
+    def must_stop(self):
+        """One rank may have a signal, or a file that fails, before the others: they stop together."""
+        return any_rank(self.signals or self.unreadable or self.log.failure)
+
+    def raise_failure(self):
+        """Raises why the run could not go on, if it could not; the last lines may have failed too."""
+        any_rank(False)  # waits until the first rank has written its checkpoint, which `resumption` names
+        if failure := self.unreadable or self.log.failure:
+            raise UserError(f"{failure}; fix that; the same command then {self.resumption()}", failure.code)
+
+    def resumption(self):
+        paths = checkpoint.paths(self.cfg.out_dir)
+        return f"resumes from step {checkpoint.step_of(paths[-1])}" if paths else (
+            "starts again once log.jsonl is removed, since there is no checkpoint")
+
+    def require_finite(self):
+        """Ends the run after MAX_SKIPPED bad updates in a row, or where all were bad.
+
+        Each look waits for the device. These suffice: after every MAX_SKIPPED, after a bad one, at the end.
+        """
+        step, most = self.progress.step, min(MAX_SKIPPED, self.cfg.max_steps)
+        if self.look or step % MAX_SKIPPED == 0 or step == self.cfg.max_steps:
+            in_a_row = int(self.progress.skipped[1])
+            require(in_a_row < most, f"the gradient was not finite in {in_a_row} updates in a row (step "
+                                     f"{step}); they were skipped. {self.ways_out()}")
+            self.look = in_a_row > 0
+
+    @torch.no_grad()
+    def is_sound(self, learner, eval_batches, is_end):
+        """Whether all parameters and buffers, and the loss on a few sequences, are finite on all ranks.
+
+        If not, warns or, at max_steps, raises UserError. In a row of bad updates it is not, unless `is_end`.
+        """
+        batch, device = next(iter(eval_batches.values())), self.progress.skipped.device
+        with learner.decoder.eager():  # another batch size would be compiled anew
+            batch = type(batch)(*(part[:8].to(device) for part in batch))
+            loss = learner("lm", batch)[0]["lm"]
+        is_bad = not all(value.isfinite().all() for value in (loss, *learner.state_dict().values()))
+        if not any_rank(is_bad or self.progress.skipped[1] > 0 and not is_end):
+            return True
+        message = f"a gradient, a parameter or the loss is not finite at step {self.progress.step}"
+        require(self.progress.step < self.cfg.max_steps, f"{message}. {self.ways_out()}")
+        print0(f"warning: {message}: no checkpoint of it is written")
+        return False
+
+    def ways_out(self):
+        newest = checkpoint.paths(self.cfg.out_dir)[-1:]
+        start = "".join(f", from the last good model with --init_from={path}" for path in newest)
+        return (f"Start again in another --out_dir{start}, with a lower lr (here {self.cfg.lr:g}) or "
+                f"inner_lr ({self.cfg.inner_lr:g})")
+
+    def warn_if_stuck(self, line):
+        """Warns where the query loss was at ln N in five log lines in a row; never during warm-up."""
+        if "meta/query_loss" in line and self.progress.step > self.cfg.warmup_steps:
+            ln_n = math.log(line["meta/ways"])
+            is_stuck = line["meta/query_loss"] > 0.99 * ln_n
+            self.progress.stuck_logs = self.progress.stuck_logs + 1 if is_stuck else 0
+            if self.progress.stuck_logs == 5:
+                print0(f"warning: the adapted query loss stays at ln N = {ln_n:.3f}: the episodes teach "
+                       "nothing; try another inner_lr, a later meta_start, or fewer ways")
+
+    def print_notes(self, lr_factor):
+        """Prints a line on each length that cuts another short. lr_factor: train.py's."""
+        cfg, step, old = self.cfg, self.progress.step, self.progress.old_max_steps
+        if cfg.warmup_steps >= cfg.max_steps > 0:
+            print0(f"note      max_steps = {cfg.max_steps} ends within warmup_steps = {cfg.warmup_steps}: "
+                   f"lr = {cfg.lr:g} is never reached")
+        if cfg.meta_share > 0 and cfg.meta_start >= cfg.max_steps > 0:
+            print0(f"note      max_steps = {cfg.max_steps} ends before meta_start = {cfg.meta_start}: no "
+                   "episode is read")
+        if old not in (None, cfg.max_steps) and cfg.warmup_steps < cfg.max_steps:
+            rate = "it ends here, the learning rate not decayed to 0" if step == cfg.max_steps else (
+                f"the learning rate goes on at {cfg.lr * lr_factor(cfg, step):.2e} and falls to 0 at the end")
+            print0(f"length    max_steps = {cfg.max_steps}, {old} before: {rate}")
