@@ -133,7 +133,7 @@ def universal_ner(groups, names):
 
 
 def phases_of_curves(groups, names):
-    """The phases of every curve and layer, a table for each group."""
+    """The phases of every curve and layer, a table for each group, and the order of the layers in them."""
     note = ("The rise goes from start to peak. The fall comes after it; 90% of it has happened where it "
             "settled. Before: a fall before the start. Start, peak and settled are updates; before, rise and "
             "fall are percentages of the level that they start from. Changes within the noise do not count. "
@@ -141,9 +141,16 @@ def phases_of_curves(groups, names):
     paragraphs = []
     for name, group in zip(names, groups):
         rows = [["curve", "layer", "verdict", "before", "start", "rise", "peak", "fall", "settled", "noise"]]
+        orders = []
         for kind, by_layer in runs.layer_curves(group).items():
-            for layer, curves in by_layer.items():
-                verdict, results = phases.majority(curves)
+            found = {layer: phases.majority(curves) for layer, curves in by_layer.items()}
+            for key, verb in (("peak", "peak"), ("settled", "settle again")):
+                means = {layer: np.mean([result[key] for result in results])
+                         for layer, (verdict, results) in found.items() if verdict == phases.RISE_AND_FALL}
+                times = ", ".join(f"{layer} ({means[layer]:.0f})" for layer in sorted(means, key=means.get))
+                label = runs.LABELS.get(kind, kind)
+                orders += [f"- {label}: layers {verb} in the order {times}"] if times else []
+            for (layer, curves), (verdict, results) in zip(by_layer.items(), found.values()):
                 of = f" ({len(results)} of {len(curves)})" if len(group) > 1 else ""
                 rows.append([runs.LABELS.get(kind, kind), layer, verdict + of])
                 for key in rows[0][3:]:
@@ -153,7 +160,8 @@ def phases_of_curves(groups, names):
                     else:
                         rows[-1].append(f"{np.mean(values):.1%}" if values[0] else "")
         if len(rows) > 1:
-            paragraphs += [f"## Phases of {name}", note, markdown(rows)]
+            order = ["\n".join(orders)] if orders else []
+            paragraphs += [f"## Phases of {name}", note, markdown(rows), *order]
     return paragraphs
 
 

@@ -10,6 +10,7 @@ import hashlib
 import mmap
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,12 @@ def open_corpus(folder):
     """
     folder = Path(folder)
     require(folder.is_dir(), f"no data at {folder}: python prepare.py --out={folder} prepares it")
+    # Each map keeps its file open, and often only 1,024 may be: FineWeb-100B has more shards.
+    with suppress(ImportError, ValueError, OSError):  # Windows has no such limit, macOS less than it says
+        import resource
+
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     train, val = [], {}
     for path in sorted(folder.glob("*.bin")):
         if match := re.search(r"(?:^|_)val(?:_(?!\d{1,6}\.bin$)(.+?))?(?:_\d{1,6})?\.bin$", path.name):

@@ -193,7 +193,7 @@ def convert(key, value, declared, is_text=False):
     require(kind is not str or "\0" not in value and value.encode(errors="ignore").decode() == value,
             f"{key} must be text without NUL, in UTF-8, got {shown(given)}")
     for says, holds in zip(rules[::2], rules[1::2]):
-        require(holds(value), f"{key} must be {says}, got {shown(given)}")
+        require(holds(value), f"{key} must be {says}, got {shown(value)}")
     return value
 
 

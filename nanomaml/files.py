@@ -15,6 +15,7 @@ def replace(path, content):
         partial.write_bytes(content if isinstance(content, bytes) else content.encode())
         partial.replace(path)
     except OSError as error:
+        partial.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 

@@ -72,7 +72,7 @@ def test_a_fork_declares_what_its_field_may_be():
         plain: float = 0.5
 
     assert replace(load(), lr=1).lr == 1.0 and Fork(span=3).span == 3
-    for flag, says in (("--span=0", "span must be at least 1, got '0'"), ("--plain=x", "plain must be float"),
+    for flag, says in (("--span=0", "span must be at least 1, got 0"), ("--plain=x", "plain must be float"),
                        ("--kind=thin", "kind must be one of wide, narrow, got 'thin'")):
         refuses(lambda flag=flag: config.load(Fork, [flag]), says)
     refuses(lambda: Fork(span=2.5), "span must be int, got 2.5")

@@ -113,7 +113,7 @@ def test_a_character_of_several_tokens_comes_whole(toy):
 def test_bad_input_ends_with_one_line(run, shown):
     for flags, says in (
         (["--temperature=-1"], "temperature must be 0"),
-        (["--temperature=1e-40"], "or from 0.001 to 1000, got '1e-40'"),
+        (["--temperature=1e-40"], "or from 0.001 to 1000, got 1e-40"),
         (["--temperature=1e39"], "or from 0.001 to 1000, got '1e39'"),
         (["--prompt=" + " " * 2**20], "1,048,576 characters, more than 262,144"),
         (["--tokens=0"], "tokens must be at least 1"),
