@@ -73,10 +73,7 @@ class AdaptationTest:
 
     @torch.no_grad()
     def episodes(self, decoder, dtype, every_word=False):
-        """{(prefix, read_out, "adapted" or "unadapted"): (words (E, N), correct and losses (E, N * Q))}.
-
-        Of the first N words of each pool, or of every word and then of 4 E episodes.
-        """
+        """{(prefix, read_out, "adapted" or "unadapted"): (words (E, N), correct and losses (E, N * Q))}."""
         cfg, device, results = self.cfg, decoder.lm_head.weight.device, {}
         head = Head(decoder.cfg.d_model, 1, 0, "zero", cfg.eval_ways)
         learner = Learner(decoder=decoder, head=head, inner_steps=cfg.inner_steps, inner_lr=cfg.inner_lr)

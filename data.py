@@ -71,10 +71,7 @@ def permuted(numbers, n, keys):
 
 
 class Sequences:
-    """The endless series of training sequences of T tokens.
-
-    Each epoch is a new permutation of the corpus, cut at a new offset.
-    """
+    """The endless series of training sequences of T tokens: each epoch permutes the corpus, cut anew."""
 
     def __init__(self, corpus, T, seed):
         self.corpus, self.T, self.seed = corpus, T, seed
@@ -202,10 +199,7 @@ class Episodes:
         return np.flatnonzero(whole)
 
     def candidates(self, rng, pieces, count):
-        """Step 3: yields, in random order, words of the pieces that come often enough, but not too often.
-
-        Each is (token id, places in pieces.ravel(), so far apart that windows do not overlap).
-        """
+        """Step 3: yields (token id, places a window apart) of words within the band, in random order."""
         at = self.find(pieces)
         tokens = pieces.ravel()[at]
         order = np.argsort(tokens, kind="stable")  # by word, then by place

@@ -50,10 +50,7 @@ def adapt(loss, params, steps, lr, first_order=True):
 
 
 def straight_through(params, fast):
-    """The values of `fast` with the gradient of `params`: first-order MAML's outer gradient.
-
-    So the query loss's backward() fills .grad of the initial parameters, and DDP's hooks see it.
-    """
+    """The values of `fast` with the gradient of `params`, so backward() and DDP see the outer gradient."""
     return {name: p + (fast[name] - p).detach() for name, p in params.items()}
 
 
@@ -101,10 +98,7 @@ class Head(nn.Module):
                 nn.init.normal_(parameter, std=(gain / parameter.shape[1]) ** 0.5, generator=generator)
 
     def start(self, ways, like):
-        """{"head.*": tensor} at the start of an episode of N ways; the output layer is (N, features).
-
-        like: a tensor whose device and dtype a zero output layer takes.
-        """
+        """{"head.*": tensor} at the start of an episode; its output layer is (N, features), like `like`."""
         params = {f"head.{name}": p for name, p in self.named_parameters()}
         if self.out is None:
             params["head.out.weight"] = like.new_zeros(ways, self.features)

@@ -144,9 +144,6 @@ def batches(items, most=4_000_000):
     yield batch
 
 
-# ---- tokenizer ----
-
-
 def train_tokenizer(documents, vocab_size):
     """A byte-pair encoding of at most `vocab_size` ids, special ones included; a short text gives fewer."""
     import rustbpe
@@ -170,18 +167,6 @@ def make_tokenizer(cfg):
     return tokenizer
 
 
-# ---- breaks ----
-
-
-def sync(*paths):
-    """What files hold, and which files a folder holds, is on disk and outlives a failure of power."""
-    for path in paths:
-        if path.is_file() or os.name != "nt":  # Windows opens no folders
-            number = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
-            os.fsync(number)
-            os.close(number)
-
-
 def own_files(folder):
     """{name: bytes} of the files in it that a preparation wrote."""
     return {path.name: path.stat().st_size for path in folder.iterdir()
@@ -195,10 +180,8 @@ def save_state(writers, state):
     folder = writers["train"].folder
     state["tokens"] = {split: writer.total for split, writer in writers.items()}
     state["files"] = {name: size for name, size in own_files(folder).items() if STATE not in name}
-    text, new = json.dumps(state), folder / f"{STATE}.partial"
-    new.write_text(f"{zlib.crc32(text.encode())} {text}")
-    sync(folder / "tokenizer.json", new, folder)  # before the state that counts on them takes its place
-    new.replace(folder / STATE)
+    text = json.dumps(state)
+    files.replace(folder / STATE, f"{zlib.crc32(text.encode())} {text}")
 
 
 def load_state(partial, settings):
@@ -305,7 +288,6 @@ def fill(partial, cfg, domains, sizes):
         meta = {"tokenizer": tokenizer.name, "vocab_size": tokenizer.n_vocab,
                 "source": cfg.source or "embedded", "tokens": counts}
         files.replace(partial / "meta.json", json.dumps(meta, indent=1))
-        sync(partial / "tokenizer.json", partial / "meta.json", partial)
         return meta
     except BaseException as error:
         for writer in writers.values():

@@ -83,10 +83,7 @@ def attention_entropy(q, k, mask=None, rows=128):
 
 
 def fixed_batch(validation, d_model, context):
-    """The ids (B, T) that a run is probed on at every step: 4 D tokens of the largest validation domain.
-
-    Fewer than D tokens would bound the rank of the residual stream.
-    """
+    """The ids (B, T) of every probe: 4 D tokens of the largest domain, since fewer would bound the rank."""
     largest = max(validation.values(), key=lambda corpus: corpus.tokens)
     return data.eval_sequences(largest, context, max(2, math.ceil(4 * d_model / context))).ids
 

@@ -47,10 +47,7 @@ class Schedule:
             self.earlier[self.kinds == kind] = np.arange((self.kinds == kind).sum())
 
     def micro_step(self, number, rank, sizes):
-        """(kind, range of numbers) of micro-step `number` of the run.
-
-        sizes: {kind: sequences or episodes of a micro-step on each rank}.
-        """
+        """(kind, range of numbers) of a micro-step; sizes: {kind: sequences or episodes on each rank}."""
         step, micro = divmod(number, self.micro_steps)
         per_block = self.micro_steps // self.kinds.shape[1]
         block, i = divmod(micro, per_block)

@@ -247,10 +247,7 @@ def wrap_for_ranks(learner, device):
 
 @torch.no_grad()
 def validation_losses(learner, eval_batches, device):
-    """{"val/loss": mean over domains, and "val/<domain>" where there are several}, in nats a token.
-
-    The ranks share the work.
-    """
+    """{"val/loss": mean over domains, "val/<domain>" of several}, in nats a token; ranks share the work."""
     rank, world = ranks.rank_and_world()
     totals = torch.zeros(2, len(eval_batches), device=device)  # summed loss and tokens of each domain
     for i, batch in enumerate(eval_batches.values()):
@@ -291,13 +288,10 @@ def write_report(out_dir):
         import report  # and with it matplotlib
 
         report.write([[str(out_dir)]], out_dir / "report")
-        summary = phases.summary(str(out_dir))
+        print0(f"report    {out_dir / 'report.md'}, {out_dir / 'report.png'}")
+        print0("curves    " + "\n          ".join(phases.summary(out_dir)))
     except Exception as error:  # the run is done, whatever is wrong with its report
         print0(f"note      no report: {type(error).__name__}: {error}")
-        return
-    print0(f"report    {out_dir / 'report.md'}, {out_dir / 'report.png'}")
-    for i, text in enumerate(summary):
-        print0(f"{'curves' if i == 0 else '':<9} {text}")
 
 
 # ---- the loop ----

@@ -21,10 +21,9 @@ max_steps = 250
 lr = 4e-3
 warmup_steps = 40
 
-# A tenth of the micro-steps of the second half are episodes, at a tenth of the weight. In runs ten times as
-# long that costs the language model 0.01 nats and brings most of the adaptation at the mask that episodes
-# can bring; twice as many, at half weight from a tenth of the run on, cost 0.05, and half of the micro-steps,
-# as published, 0.29 (results/README.md). Why this inner rate: docs/inner-loop.md.
+# A tenth of the micro-steps of the second half are episodes, at a tenth of the weight: in runs ten times as
+# long that costs 0.01 nats, where half of all, as published, costs 0.29, and brings most of the adaptation at
+# the mask that episodes can bring (results/README.md). Why this inner rate: docs/inner-loop.md.
 meta_share = 0.1
 meta_start = 125
 meta_weight = 0.1

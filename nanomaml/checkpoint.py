@@ -128,10 +128,7 @@ def named(error):
 
 
 def read(path):
-    """The state in a checkpoint, on the CPU. Nothing in the file is executed.
-
-    Damaged where it is not a whole checkpoint, UserError where it cannot be read.
-    """
+    """The state in a checkpoint, on the CPU, nothing executed. Damaged: not whole; UserError: unreadable."""
     try:
         check(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -183,10 +180,7 @@ def load(path):
 
 
 def load_config(cls, state):
-    """The settings of the saved run as a `cls` (ModelConfig, or train.py's Config).
-
-    A field that the checkpoint does not have, since it was added later, takes its default.
-    """
+    """The settings of the saved run as a `cls`; a field that was added since takes its default."""
     saved = state["config"]
     try:
         return cls(**{field.name: saved[field.name] for field in fields(cls) if field.name in saved})

@@ -12,7 +12,10 @@ def replace(path, content):
     """Writes a file anew, from bytes or text: a crash or a full disk (UserError) leaves the old one whole."""
     partial = Path(f"{path}.partial")
     try:
-        partial.write_bytes(content if isinstance(content, bytes) else content.encode())
+        with open(partial, "wb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode())
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)

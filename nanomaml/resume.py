@@ -60,10 +60,7 @@ class Progress:
         return {axis: getattr(self, axis) for axis in ("step", "tokens", "flops", "seconds")}
 
     def is_due(self, interval, last):
-        """Whether what happens every `interval` updates (0: never) and after the `last` does so now.
-
-        A resumed step has done it all.
-        """
+        """Is what comes every `interval` updates (0: never) and after the `last` due? Not on a resume."""
         return interval > 0 and self.step != self.resumed_at and (
             self.step % interval == 0 or self.step == last)
 
@@ -76,10 +73,7 @@ class Progress:
         self.micro_steps[kind] = self.micro_steps.get(kind, 0) + 1
 
     def finish_update(self, totals, is_bad, waited):
-        """Adds an update's {metric: (sum, micro-steps)}, unless it `is_bad` and so skipped.
-
-        waited: seconds that it waited for data.
-        """
+        """Adds an update's {metric: (sum, micro-steps)} unless it `is_bad`; waited: seconds for data."""
         for name, total in totals.items():
             self.sums[name] = self.sums.get(name, 0) + total.where(is_bad == 0, 0)
         self.skipped = torch.stack((self.skipped[0] + is_bad, (self.skipped[1] + 1) * is_bad))
@@ -108,10 +102,7 @@ class Progress:
 
 
 def data_digests(folder, sources, validation):
-    """{what: digest} of all text that a run opens, the same over the run and its resumes.
-
-    sources: {kind: train.Source}, each of whose batches have a `corpus`; validation: {domain: Corpus}.
-    """
+    """{what: digest} of all text that a run opens: of {kind: train.Source} and {domain: Corpus}."""
     spec = {key: value for key, value in read_spec(folder).items() if key != "name"}
     tokenizer = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
     training = sorted({source.batches.corpus.digest for source in sources.values()})
@@ -143,10 +134,7 @@ def optimizer_options(optimizer):
 
 
 def initial_weights(cfg):
-    """The state dict of the decoder of init_from, which must have the same shape and tokenizer.
-
-    None where there is none, or a run in out_dir to resume instead.
-    """
+    """The decoder's weights in init_from, of the same shape and tokenizer; None without, or on a resume."""
     if not cfg.init_from or checkpoint.paths(cfg.out_dir):
         return None
     state, source = checkpoint.load(cfg.init_from), Path(cfg.init_from)
@@ -178,10 +166,7 @@ def state_of(cfg, digests, learner, optimizers, progress):
 
 
 def restore(cfg, digests, learner, optimizers):
-    """Restores the newest good checkpoint of out_dir: its Progress and settings, or None, None without one.
-
-    Refuses one that this command does not continue.
-    """
+    """(Progress, settings) of the newest good checkpoint, None, None without; refuses any other run."""
     state = checkpoint.newest(cfg.out_dir, "optimizers")
     if state is None:
         for path in (Path(cfg.out_dir, name) for name in logs.NAMES):

@@ -52,9 +52,6 @@ PIECES = re.compile(r".{1,N}(?:\Z|(?<=\S)(?= ))|.{1,N}(?=\w)|.{1,N}".replace("N"
 LONGEST_LINE = 2**27  # characters of a .jsonl line; a longer one is cut, and then is not JSON
 
 
-# ---- names ----
-
-
 def split_list(text):
     """The names in a comma-separated list. A comma in the path of a file or folder that is there stays."""
     parts, names = text.split(","), []
@@ -110,9 +107,6 @@ def find_files(source):
     is_dataset = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not is_file_name and not os.path.exists(name)
     require(is_dataset, f"{source}: no such file or folder; datasets are USER/NAME or USER/NAME:SUBSET:SPLIT")
     return [], []
-
-
-# ---- documents ----
 
 
 def read_documents(source, key, encoding="utf-8", n_ids=0, opened=lambda file: None):
@@ -245,9 +239,6 @@ def read_hub(source, key, n_ids):
     except Exception as error:  # network, name, field: whatever the library meets
         raise UserError(f"dataset {source}, after row {number}: {type(error).__name__}: "
                         f"{one_line(error, 200)}") from None
-
-
-# ---- the embedded corpus ----
 
 
 @functools.lru_cache(maxsize=1)

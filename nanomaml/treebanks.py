@@ -152,10 +152,7 @@ def has_dev(treebank, folder):
 
 
 def find_treebank(name, split, folder, offline=None):
-    """The path of a treebank's split in `folder`, downloaded if it is missing; UserError where that fails.
-
-    offline: an earlier download's error, which takes the place of another try.
-    """
+    """The path of a treebank's split in `folder`, downloaded if missing; offline: an earlier error."""
     treebank, split = treebank_and_split(name, split)
     local = local_files(folder)
     if paths := local.get((treebank, split)):

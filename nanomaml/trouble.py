@@ -66,10 +66,7 @@ class Watch:
             "starts again once log.jsonl is removed, since there is no checkpoint")
 
     def require_finite(self):
-        """Ends the run after MAX_SKIPPED bad updates in a row, or where all were bad.
-
-        Each look waits for the device. These suffice: after every MAX_SKIPPED, after a bad one, at the end.
-        """
+        """Ends the run after MAX_SKIPPED bad updates in a row, or all; rarely waits for the device."""
         step, most = self.progress.step, min(MAX_SKIPPED, self.cfg.max_steps)
         if self.look or step % MAX_SKIPPED == 0 or step == self.cfg.max_steps:
             in_a_row = int(self.progress.skipped[1])

@@ -74,10 +74,7 @@ def word_tables(tokenizer, word_targets="spaced"):
 
 
 def lack_of_words(tokenizer, word_targets, tokens, words, ways, most):
-    """Why a text has too few classes for `ways`, and what to do: the end of an error's line.
-
-    tokens: of the text; words: those of them that may be classes; most: how often a class may come.
-    """
+    """Why `tokens` have too few classes, of `words` that come at most `most` times, and what to do."""
     text, counts = tokenizer.decode(tokens.ravel()[:2**16].tolist()), np.unique(words, return_counts=True)[1]
     if word_targets == "spaced" and sum(map(in_word, text)) > 16 * text.count(" "):
         return "it has no words between spaces: set word_targets = any, and prepare it with --tokenizer=train"

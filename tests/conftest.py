@@ -1,5 +1,4 @@
 """A toy corpus (no network, no download), a toy model and runs of both that the tests share."""
-
 import base64
 import functools
 import json

@@ -1,5 +1,4 @@
 """adaptation.py: the instrument against a plain loop, and what it must and must not see."""
-
 import json
 from dataclasses import replace
 

@@ -4,7 +4,7 @@ import tracemalloc
 
 import pytest
 import torch
-from conftest import TOY, refuses
+from conftest import TOY
 
 import bench
 import data
@@ -86,10 +86,3 @@ def test_the_logits_are_never_whole():
     if spent is None:
         pytest.skip("this system does not tell a process's peak memory")
     assert 4 * 512 * 50304 < spent < 4 * n * 50304 / 3
-
-
-def test_bad_flags_are_refused():
-    for flags, message in (("--rounds=0", "rounds must be at least 1"), ("--against=pico", "against must be"),
-                           ("--meta_share=0 --window=64", "window = 64 is above context = 32"),
-                           ("--vocab_size=200", "vocab_size must be at least 262")):
-        refuses(lambda flags=flags: bench.main([*TOY, *flags.split()]), message)

@@ -1,5 +1,4 @@
 """nanomaml/bins.py: which files are bins, and what is refused in one line."""
-
 import numpy as np
 import pytest
 from conftest import refuses, write_bin

@@ -73,30 +73,8 @@ def test_a_good_checkpoint_that_cannot_be_read_just_now_is_not_passed_over(tmp_p
         checkpoint.newest(tmp_path)
 
 
-def test_a_checkpoint_that_cannot_be_written_is_told_in_one_line(tmp_path):
-    with pytest.raises(UserError, match="cannot write checkpoint .*nowhere"):
-        checkpoint.save(tmp_path / "nowhere", state(1), keep=1)
-
-
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
-def test_a_damaged_newest_is_told_and_the_one_before_is_used(tmp_path, capsys, damage):
-    """PyTorch loads a file with a flipped bit in its weights without a word."""
-    for step in (1, 2):
-        checkpoint.save(tmp_path, state(step), keep=5)
-    path = tmp_path / "ckpt_000002.pt"
-    content = bytearray(path.read_bytes())
-    with zipfile.ZipFile(path) as archive:
-        largest = max(archive.infolist(), key=lambda info: info.file_size)
-    content[largest.header_offset + 200] ^= 1
-    path.write_bytes({"truncated": content[:-500], "flipped": content, "empty": b""}[damage])
-    assert checkpoint.newest(tmp_path)["step"] == 1
-    assert "ckpt_000002.pt is damaged" in capsys.readouterr().err
-    with pytest.raises(UserError, match="is damaged"):
-        checkpoint.load_model(path)
-
-
 def test_a_flipped_bit_anywhere_is_damage(tmp_path, capsys):
-    """One in the end record read as an I/O error, one in an entry's attributes made PyTorch load zeros."""
+    """PyTorch loads flipped weights without a word; one flip in an entry's attributes made it load zeros."""
     for step in (1, 2):
         path = checkpoint.save(tmp_path, state(step), keep=5)
     content = path.read_bytes()
@@ -108,7 +86,8 @@ def test_a_flipped_bit_anywhere_is_damage(tmp_path, capsys):
         with pytest.raises(checkpoint.Damaged):
             checkpoint.read(path)
     assert checkpoint.newest(tmp_path)["step"] == 1
-    for length in (9, *range(len(content) - 16, len(content))):
+    assert "ckpt_000002.pt is damaged" in capsys.readouterr().err
+    for length in (0, 9, *range(len(content) - 16, len(content))):
         path.write_bytes(content[:length])
         with pytest.raises(checkpoint.Damaged):
             checkpoint.read(path)

@@ -235,13 +235,6 @@ def test_each_word_of_the_real_treebanks_is_tagged_once(tokenizer):
         check_windows(read_split(UNER, name), tokenizer, context, "first")
 
 
-def test_a_long_sentence_is_read_with_what_came_before(tokenizer):
-    words = [tokenizer.decode([256 + i]).strip() for i in range(60)]  # each one sub-token
-    windows = eval_ner.cut([(words, ["O"] * 60)], tokenizer, 24, "first")
-    assert [window.words[0] for window in windows] == [0, 24, 36, 48]
-    assert [window.positions[0] for window in windows] == [0, 12, 12, 12]
-
-
 @shared
 def test_batches_waste_little_on_padding_and_hold_every_sentence(tokenizer):
     windows = eval_ner.cut(read_split(UNER, "da_ddt-ud-train"), tokenizer, 128, "first")

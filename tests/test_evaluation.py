@@ -1,5 +1,4 @@
 """What docs/evaluation.md promises: other people's tools read an exported folder, and measure what we do."""
-
 import json
 import math
 import re

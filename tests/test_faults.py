@@ -1,5 +1,4 @@
 """What a long run meets: a full disk, damaged files, numbers gone bad, memory that creeps."""
-
 import io
 import json
 import os
@@ -65,7 +64,7 @@ def test_a_full_disk_at_a_checkpoint_or_a_line_of_a_log(
 def test_a_full_disk_while_a_file_is_replaced(toy, half, monkeypatch):
     """The old one was cut off."""
     before = {path.name: path.read_bytes() for path in half.iterdir()}
-    monkeypatch.setattr(Path, "write_bytes", lambda path, content: Full(path, "wb").write(content))
+    monkeypatch.setattr(files, "open", lambda path, mode: Full(path, mode), raising=False)
     refuses(lambda: tokenizer.save_tokenizer(data.load_tokenizer(toy), half),
             f"cannot write {half}/tokenizer.json: No space left")
     refuses(lambda: run(toy, half), f"cannot write {half}/config.json: No space left")

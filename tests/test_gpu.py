@@ -15,9 +15,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 def step(toy, device, dtype, **changes):
-    """{kind: (loss, gradients)} of a micro-step of each kind, at a width that tensor cores and fused
-    attention take.
-    """
+    """{kind: (loss, gradients)} of a micro-step of each kind, at a width that fused kernels take."""
     cfg = toy_config(d_model=128, n_heads=4, n_kv_heads=2, d_hidden=256, inner_lr=0.2, **changes)
     torch.backends.cuda.matmul.allow_tf32 = False
     learner, found = train.build_learner(cfg, dtype).to(device), {}

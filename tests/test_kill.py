@@ -1,5 +1,4 @@
 """Killed anywhere: a run that SIGKILL ends again and again equals one that was left alone, bit for bit."""
-
 import random
 import signal
 

@@ -1,5 +1,4 @@
 """nanomaml/logs.py, files.py and wandb_logs.py: JSON lines, and what wandb shows of them."""
-
 import json
 import math
 

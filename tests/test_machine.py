@@ -1,5 +1,4 @@
 """nanomaml/machine.py, and nanomaml/ranks.py in one process: devices, dtypes and locks."""
-
 import errno
 import os
 import subprocess

@@ -1,5 +1,4 @@
 """meta.py against a reference, first-order MAML by the textbook: a deep copy, an SGD loop on it, backward."""
-
 import copy
 import itertools
 import re

@@ -1,5 +1,4 @@
 """model.py: against closed forms, plain attention and the models of transformers."""
-
 import functools
 import math
 from dataclasses import replace

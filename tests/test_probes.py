@@ -1,5 +1,4 @@
 """probes.py against brute force, at sizes where it could be wrong."""
-
 import json
 import math
 import shutil

@@ -1,5 +1,4 @@
 """Several ranks: refused where they disagree, ended together where one fails, equal to one process."""
-
 import os
 import shutil
 import subprocess

@@ -1,5 +1,4 @@
 """Each recipe applies to a copy of the repository, trains, resumes, and has the effect that it promises."""
-
 import os
 import re
 import shutil

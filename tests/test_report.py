@@ -1,5 +1,4 @@
 """report.py, and nanomaml's runs, stats, phases and drawing, on runs and curves whose answers are known."""
-
 import json
 import math
 import subprocess

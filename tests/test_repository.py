@@ -1,5 +1,4 @@
 """The repository as a reader and a newcomer find it."""
-
 import ast
 import re
 from pathlib import Path

@@ -114,10 +114,8 @@ def test_bad_input_ends_with_one_line(run, shown):
     for flags, says in (
         (["--temperature=-1"], "temperature must be 0"),
         (["--temperature=1e-40"], "or from 0.001 to 1000, got 1e-40"),
-        (["--temperature=1e39"], "or from 0.001 to 1000, got '1e39'"),
+        (["--temperature=1e39"], "or from 0.001 to 1000, got 1e+39"),
         (["--prompt=" + " " * 2**20], "1,048,576 characters, more than 262,144"),
-        (["--tokens=0"], "tokens must be at least 1"),
-        (["out/other"], "name one run's folder or checkpoint"),
     ):
         refuses(lambda flags=flags: shown(*flags), says)
     refuses(lambda: shown(stdin=b"\xff\xfe"), "cannot read the prompt from standard input")

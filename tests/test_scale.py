@@ -1,5 +1,4 @@
 """A corpus of any size, bins that change in mid-run, a run made longer, a run from another's weights."""
-
 import json
 import os
 import shutil

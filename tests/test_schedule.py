@@ -1,5 +1,4 @@
 """schedule.py: which micro-step reads what, on any number of ranks."""
-
 import numpy as np
 import pytest
 from conftest import refuses, toy_config

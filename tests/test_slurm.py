@@ -1,5 +1,4 @@
 """docs/slurm.sh, with stand-ins for Slurm's commands: two nodes on this machine, one process on each."""
-
 import os
 import re
 import signal

@@ -1,5 +1,4 @@
 """nanomaml/sources.py: what people have becomes documents, or is refused in one line."""
-
 import gzip
 import json
 import sys

@@ -1,5 +1,4 @@
 """nanomaml/tokenizer.py: what a folder's tokenizer is, and what is refused in one line."""
-
 import pytest
 from conftest import TOY_VOCAB, refuses
 

@@ -1,5 +1,4 @@
 """The loop end to end: the mix of steps, what is written, resume, forks, wandb."""
-
 import copy
 import functools
 import json

@@ -1,5 +1,4 @@
 """nanomaml/words.py: what a word is, and what to do where a text has too few."""
-
 import numpy as np
 import pytest
 
