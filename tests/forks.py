@@ -1,7 +1,6 @@
 """Runs of train.py as processes that start within a tenth of a second, since PyTorch is imported already.
 
-A process of its own imports train.py once and forks each run. The store by which ranks meet lies here, as
-with torchrun, so it outlives them.
+A process of its own imports train.py once and forks each run. The store by which ranks meet outlives them.
 """
 
 import functools
@@ -76,6 +75,7 @@ def serve():
     assert train.torch._dynamo  # which takes seconds to import, as the first optimizer would
     train.machine.peak_flops = functools.cache(train.machine.peak_flops)
     train.machine.peak_flops(train.torch.device("cpu"), train.torch.float32)
+    train.ranks.TIMEOUT /= 10  # a rank that hangs fails its test sooner
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:

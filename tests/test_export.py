@@ -385,7 +385,7 @@ def test_an_imported_model_is_tagged_probed_sampled_and_trained_on(pico, tmp_pat
     flags = [*TOY, *(f"--{key}={value}" for key, value in shape.items()), f"--data={bins}",
              f"--init_from={run}", "--window=16"]
     refuses(lambda: train.main([*flags, f"--out_dir={tmp_path}/on", "--eval_episodes=0", "--max_steps=2"]),
-            "episodes need a tokenizer of prepare.py")
+            "an imported model's tokenizer has no episodes")
     flags += ["--max_steps=0", "--eval_episodes=0", "--meta_share=0"]
     train.main([*flags, f"--out_dir={tmp_path}/on"])
     on = checkpoint.load(tmp_path / "on")
@@ -395,8 +395,8 @@ def test_an_imported_model_is_tagged_probed_sampled_and_trained_on(pico, tmp_pat
     assert again("The model")["input_ids"] == there("The model")["input_ids"]  # out with its own tokenizer
     # Not "every checkpoint is damaged", nor settings that nobody chose; adaptation.py wanted --out=unknown
     refuses(lambda: train.main([*flags, f"--out_dir={run}"]), "imported model", f"--init_from={run}")
-    refuses(lambda: adaptation.main([run]), "this is an imported model's")
-    refuses(lambda: adaptation.main([f"{tmp_path}/on"]), "this is an imported model's")
+    refuses(lambda: adaptation.main([run]), "an imported model's tokenizer")
+    refuses(lambda: adaptation.main([f"{tmp_path}/on"]), "an imported model's tokenizer")
 
 
 def test_a_tokenizer_that_adds_blanks_is_refused_for_tagging(pico, tmp_path):

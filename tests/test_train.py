@@ -59,10 +59,10 @@ def test_without_probes_and_evaluation_and_with_other_intervals_training_is_the_
     is_lm, each = block_kinds(toy_config(max_steps=10)) == "lm", {}
     for line in log(whole):
         each.setdefault(line["step"], {}).update(line)
-    for line, steps in zip(lines, (range(1, 6), range(6, 11))):
-        losses = [each[step].get("train/loss", 0) for step in steps]
-        weights = [is_lm[step - 1].sum() for step in steps]
-        assert line["train/loss"] == pytest.approx(np.average(losses, weights=weights), rel=1e-5)
+    for line, part in zip(lines, (slice(0, 5), slice(5, 10))):
+        losses = [each[step + 1].get("train/loss", 0) for step in range(part.start, part.stop)]
+        mean = np.average(losses, weights=is_lm[part].sum(1))
+        assert line["train/loss"] == pytest.approx(mean, rel=1e-5) and line["share/lm"] == is_lm[part].mean()
     (tmp_path / "ckpt_000010.pt").unlink()
     (tmp_path / "ckpt_000009.pt").unlink()
     again, more = run(toy, tmp_path, *flags)
