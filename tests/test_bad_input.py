@@ -126,47 +126,50 @@ TRAIN += [
     ("{tmp}/empty.py", "data must not be empty"),
 ]
 
-OTHERS = [
-    (prepare, "--out=", "out must not be empty"),
-    (prepare, "--out={tmp}/folder.py", "exists already"),
-    (prepare, "--out={tmp}/o --source=,,", "source = ',,' names nothing"),  # built the embedded corpus
-    (prepare, "--out={tmp}/o --source={tmp}/none.txt", "no such file or folder"),
-    (prepare, "--out={tmp}/o --source={tmp}/folder.py", "holds no file to read"),
-    (prepare, "--out={tmp}/o --source={tmp}/x.pdf", "convert or rename it"),
-    (prepare, "--out={tmp}/o --source={tmp}/notes.txt --val={tmp}/no.txt", "no file {tmp}/no.txt"),
-    (prepare, "--out={tmp}/o --source={tmp}/notes.txt --val={tmp}/notes.txt", "is also trained on"),
-    (prepare, "--val_share=0.9", "val_share must be in [0, 0.5]"),
-    (prepare, "--vocab_size=10", "vocab_size must be in 258"),
-    (prepare, "--shard_tokens=0", "shard_tokens must be in 1"),
-    (prepare, "--encoding=klingon", "encoding must be a text encoding of Python"),
-    (prepare, "--text_key=", "text_key must not be empty"),
-    (prepare, "corpus.txt", "neither a config file (*.py) nor a flag"),
-    (eval_ner, "", "name one run's folder or checkpoint"),
-    (eval_ner, "a b", "got a, b"),
-    (eval_ner, "{tmp}/none", "no checkpoint at {tmp}/none"),
-    (eval_ner, "{tmp}/notes.txt", "notes.txt"),
-    (eval_ner, "{run} --mode=half", "mode must be one of full, head, majority"),
-    (eval_ner, "{run} --shots=many", "shots must be numbers of sentences"),
-    (eval_ner, "{run} --lr=-1", "lr must be positive"),
-    (report, "", "give one or two groups of runs"),
-    (report, "{tmp}/none", "{tmp}/none"),
-    (report, "{run} {run} {run}", "give one or two groups of runs"),
-    (report, "{run} --out=", "out must not be empty"),
-    (probes, "", "name one run's folder"),
-    (probes, "a b", "got a, b"),
-    (probes, "{tmp}/none", "no checkpoint in {tmp}/none"),
-    (probes, "{run} --data={tmp}/none", "no data at {tmp}/none"),
-    (probes, "{run} --rank=3", "unknown key 'rank'"),
-    (adaptation, "", "name the folders of runs"),
-    (adaptation, "{tmp}/none", "no checkpoint at {tmp}/none"),
-    (adaptation, "{run} --data=x", "unknown key 'data'"),
-    (bench, "--vocab_size=200", "vocab_size"),  # ended in a traceback
-    (bench, "--rounds=0", "rounds must be at least 1"),
-    (bench, "--meta_share=0 --window=64", "window = 64 is above context = 32"),
-    (bench, "--against=gpt", "against must be one of empty, transformers"),
-    (sample, "", "name one run's folder"),
-    (sample, "{run} --tokens=0", "tokens must be at least 1"),
-]
+# command | what is given | what it says
+OTHERS = """
+prepare | --out= | out must not be empty
+prepare | --out={tmp}/folder.py | exists already
+prepare | --out={tmp}/o --source=,, | source = ',,' names nothing
+prepare | --out={tmp}/o --source={tmp}/none.txt | no such file or folder
+prepare | --out={tmp}/o --source={tmp}/folder.py | holds no file to read
+prepare | --out={tmp}/o --source={tmp}/x.pdf | convert or rename it
+prepare | --out={tmp}/o --source={tmp}/notes.txt --val={tmp}/no.txt | no file {tmp}/no.txt
+prepare | --out={tmp}/o --source={tmp}/notes.txt --val={tmp}/notes.txt | is also trained on
+prepare | --val_share=0.9 | val_share must be in [0, 0.5]
+prepare | --vocab_size=10 | vocab_size must be in 258
+prepare | --shard_tokens=0 | shard_tokens must be in 1
+prepare | --encoding=klingon | encoding must be a text encoding of Python
+prepare | --text_key= | text_key must not be empty
+prepare | corpus.txt | neither a config file (*.py) nor a flag
+eval_ner |  | name one run's folder or checkpoint
+eval_ner | a b | got a, b
+eval_ner | {tmp}/none | no checkpoint at {tmp}/none
+eval_ner | {tmp}/notes.txt | notes.txt
+eval_ner | {run} --mode=half | mode must be one of full, head, majority
+eval_ner | {run} --shots=many | shots must be numbers of sentences
+eval_ner | {run} --lr=-1 | lr must be positive
+report |  | give one or two groups of runs
+report | {tmp}/none | {tmp}/none
+report | {run} {run} {run} | give one or two groups of runs
+report | {run} --out= | out must not be empty
+probes |  | name one run's folder
+probes | a b | got a, b
+probes | {tmp}/none | no checkpoint in {tmp}/none
+probes | {run} --data={tmp}/none | no data at {tmp}/none
+probes | {run} --rank=3 | unknown key 'rank'
+adaptation |  | name the folders of runs
+adaptation | {tmp}/none | no checkpoint at {tmp}/none
+adaptation | {run} --data=x | unknown key 'data'
+bench | --vocab_size=200 | vocab_size
+bench | --rounds=0 | rounds must be at least 1
+bench | --meta_share=0 --window=64 | window = 64 is above context = 32
+bench | --against=gpt | against must be one of empty, transformers
+sample |  | name one run's folder
+sample | {run} --tokens=0 | tokens must be at least 1
+"""
+OTHERS = [[globals()[name], given, says] for name, given, says in (
+    [cell.strip() for cell in row.split(" |")] for row in OTHERS.strip().splitlines())]
 
 
 @pytest.fixture(scope="module")
