@@ -281,7 +281,7 @@ def print_result(result):
 
 def main(argv):
     cfg = config.load(Config, argv, __doc__)
-    with redirect_stdout(sys.stderr):  # a note of train.py is no JSON
+    with redirect_stdout(sys.stderr):  # a note of train.py is not JSON
         result = bench(cfg)
     print(json.dumps(result)) if cfg.json else print_result(result)
 

@@ -159,9 +159,6 @@ def span_f1(true, pred, strict=False, types=TYPES):
     return total | {"per_type": {name: scores([name]) for name in sorted({*types, *n_true, *n_pred})}}
 
 
-# ---- words and sub-tokens ----
-
-
 class Window(NamedTuple):
     """What the model reads at once: a sentence, or a part of one that is longer than the context."""
     ids: list  # sub-tokens
@@ -335,9 +332,6 @@ def fine_tune(decoder, train, dev, cfg, seed, dtype, log):
             break
     trained.load_state_dict(best_weights)
     return head, best_epoch, best_score[0]
-
-
-# ---- results and the script ----
 
 
 def summary(cfg, results, types):

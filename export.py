@@ -223,7 +223,7 @@ def read_config(folder):
     kind, act = there.get("model_type"), there.get("hidden_act", "silu")
     require(kind in ("llama", "pico_decoder"), f"{folder} holds a model of another type: {kind!r}")
     ropes = [there.get(key) or {} for key in ("rope_parameters", "rope_scaling")]  # transformers 5, and 4
-    require(all(isinstance(rope, dict) for rope in ropes), f"{folder}: rope_scaling is no JSON object")
+    require(all(isinstance(rope, dict) for rope in ropes), f"{folder}: rope_scaling is not a JSON object")
     is_scaled = any(rope.get("rope_type", rope.get("type", "default")) != "default" for rope in ropes)
     is_partial = any(place.get("partial_rotary_factor", 1) != 1 for place in (there, *ropes))
     require(not is_scaled and not is_partial and act == "silu", f"{folder} holds a model with scaled or "

@@ -75,9 +75,9 @@ def query_loss(query, support, unadapted):
 class Head(nn.Module):
     """Classifies a feature (D,): depth - 1 hidden layers of `width` with ReLU, then one output for each way.
 
-    start: the output layer at the start of every episode. "zero" treats all classes alike, so the order
+    start: the output layer at the start of every episode. "zero" treats all classes the same, so the order
     of the labels means nothing and any N works. (One learned vector shared by all classes, Ye & Chao
-    2022, arXiv 2106.16245, is the same thing: it moves all logits alike, which the softmax does not see.)
+    2022, arXiv 2106.16245, is the same thing: it moves all logits equally, which the softmax does not see.)
     "random" is a learned layer of `ways` rows, as published.
     """
 
@@ -145,9 +145,8 @@ class Learner(nn.Module):
     def forward(self, kind, batch):
         """({part: loss}, {metric: detached scalar}) of a batch of this kind: "lm" or "episodes".
 
-        Losses are means, in nats; train.py weighs their parts "lm" and "meta". All
-        batches of a kind give the same metrics, since ranks add them up; every kind of episode reports its
-        number of classes as meta/ways.
+        Losses are means, in nats; train.py weighs their parts "lm" and "meta". All batches of a kind give the
+        same metrics, since ranks add them up; a kind of episode reports its number of classes as meta/ways.
         """
         return getattr(self, f"{kind}_loss")(batch)
 

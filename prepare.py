@@ -73,9 +73,6 @@ class Config(config.Settings):
     encoding: TextEncoding = "utf-8"  # of text files that do not start with a byte-order mark: gb18030, ...
 
 
-# ---- sources ----
-
-
 def check_sources(cfg):
     """({validation file: domain named after it}, {path: bytes} of all files); refuses what cannot be read."""
     domains = {name: re.sub(r"\W", "-", sources.SUFFIX.sub("", Path(name).name).removesuffix(".val"))
@@ -202,9 +199,6 @@ def load_state(partial, settings):
     for name in own.keys() - state["files"].keys() - {STATE}:  # written after that state
         (partial / name).unlink()
     return state
-
-
-# ---- writing ----
 
 
 class Progress:

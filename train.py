@@ -24,9 +24,8 @@ import probes
 from adaptation import AdaptationTest
 from meta import Head, Learner
 from model import Decoder, ModelConfig
-from nanomaml import checkpoint, config, console, logs, machine, phases, ranks, resume, trouble
-from nanomaml.bins import MAX_IDS
-from nanomaml.config import Count, Natural, NonNegative, Positive, Share, UserError, require
+from nanomaml import bins, checkpoint, config, console, logs, machine, phases, ranks, resume, trouble
+from nanomaml.config import Count, Natural, NonNegative, Positive, Share, UserError, one_line, require
 from nanomaml.machine import Dtype
 from nanomaml.ranks import print0
 from nanomaml.tokenizer import NoDownload
@@ -34,7 +33,8 @@ from nanomaml.wandb_logs import Wandb
 from schedule import Schedule, read_ahead
 
 Beta = Annotated[float, "in [0, 1)", lambda x: 0 <= x < 1]
-Ways = Annotated[int, "at least 2", lambda n: n >= 2]
+Several = Annotated[int, "at least 2", lambda n: n >= 2]
+Limited = Annotated[int, "in 0 to 10**9", lambda n: 0 <= n <= 10**9]  # what else would never end
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Config(ModelConfig):
     init_from: str = ""  # run's folder or checkpoint whose model a new run starts from; a resume ignores it
     seed: Natural = 1  # of everything: weights, order of the data, episodes, which micro-step is which
     # optimisation
-    max_steps: Natural = 6000  # length of the run in updates (optimizer steps)
+    max_steps: Limited = 6000  # length of the run in updates (optimizer steps)
     global_batch_size: Count = 256  # sequences of an update, over all ranks and micro-steps
     batch_size: Count = 16  # sequences of a micro-step on each rank
     lr: Positive = 3e-4  # peak learning rate
@@ -59,10 +59,10 @@ class Config(ModelConfig):
     meta_start: Natural = 0  # updates before the first episode
     meta_weight: NonNegative = 1.0  # factor on the query loss
     read_out: Literal["mask", "context"] = "mask"  # where a word is read: its mask, or one position before it
-    ways: Ways = 32  # N, words to tell apart in an episode
+    ways: Several = 32  # N, words to tell apart in an episode
     shots: Count = 4  # K, support windows per word
     queries: Count = 1  # Q, query windows per word
-    window: Count = 128  # tokens of a window, a mask at its end included
+    window: Several = 128  # tokens of a window, a mask at its end included
     word_targets: Literal["spaced", "any"] = "spaced"  # classes: after a space; any: all of letters (Chinese)
     max_word_share: Positive = 1e-3  # words that make up more of the text are no classes ("the")
     episodes: Count = 1  # episodes of a micro-step on each rank
@@ -78,7 +78,7 @@ class Config(ModelConfig):
     eval_every: Natural = 250  # validation loss
     eval_sequences: Count = 64  # validation sequences of each domain
     eval_episodes: Natural = 64  # episodes of held-out text at each evaluation, for vanilla runs too; 0: off
-    eval_ways: Ways = 16  # N of these episodes; the same in all runs that are compared
+    eval_ways: Several = 16  # N of these episodes; the same in all runs that are compared
     eval_shots: Count = 4  # K of these episodes
     eval_queries: Count = 2  # Q of these episodes
     eval_window: Count = 32  # tokens of text before the word
@@ -99,8 +99,8 @@ class Config(ModelConfig):
         super().__post_init__()
         if self.inner_lr == 0:  # the squared norm of a normalised feature is d_model
             object.__setattr__(self, "inner_lr", 25.6 / self.d_model)
-        require(self.vocab_size <= MAX_IDS,
-                f"vocab_size = {self.vocab_size} is above {MAX_IDS}: bins hold uint16 ids")
+        require(self.vocab_size <= bins.MAX_IDS,
+                f"vocab_size = {self.vocab_size} is above {bins.MAX_IDS}: bins hold uint16 ids")
         require(self.global_batch_size % self.batch_size == 0,
                 f"global_batch_size = {self.global_batch_size} must be a multiple of batch_size = "
                 f"{self.batch_size}")
@@ -124,7 +124,7 @@ class Source(NamedTuple):
     those of a next-token loss. The kind's loss is `Learner.<kind>_loss`, its cost `Learner.<kind>_flops`.
     """
 
-    batches: object  # batches[range of numbers] -> batch, a pure function of them; .corpus: what they read
+    batches: object  # batches[range of numbers] -> batch, a pure function of them
     size: int  # sequences or episodes of a micro-step on each rank
 
 
@@ -156,6 +156,7 @@ def load_data(cfg, has_episodes):
                 raise
     if dist.is_initialized():
         dist.barrier()
+    bins.opened.clear()
     corpus, validation = data.open_corpus(cfg.data)
     try:
         tokenizer = data.load_tokenizer(cfg.data)
@@ -178,7 +179,10 @@ def build_learner(cfg, dtype, weights=None):
     generator = torch.Generator().manual_seed(cfg.seed)
     decoder = Decoder(cfg, generator)
     if weights is not None:
-        decoder.load_state_dict(weights)
+        try:
+            decoder.load_state_dict(weights)
+        except RuntimeError as error:
+            raise UserError(f"init_from = {cfg.init_from} has other parameters: {one_line(error)}") from None
     if cfg.meta_share > 0:
         head = Head(cfg.d_model, cfg.head_layers, cfg.head_width, cfg.head_start, cfg.ways, generator)
     else:  # nothing adapts
@@ -319,7 +323,7 @@ def train(cfg, device, dtype, lock):
     ranks.require_same(resume.what_ranks_share(cfg))
     corpus, validation, tokenizer = load_data(cfg, schedule.names != {"lm"})
     sources = build_sources(cfg, schedule.names, corpus, tokenizer)
-    digests = resume.data_digests(cfg.data, sources, validation)
+    digests = resume.data_digests(cfg.data)
     ranks.require_same(digests)
 
     # What is trained, and where it stands

@@ -22,14 +22,16 @@ MAX_IDS = 2**16  # bins hold uint16
 # What is known of a whole corpus is known from so many stretches of so many tokens, evenly spread over it.
 STRETCHES, STRETCH = 256, 16384
 
-# How files of tokens start that are no bins.
+opened = []  # every Corpus since train.py began to read: a run's digests cover them all
+
+# How other files of tokens start.
 FOREIGN = {b"\x93NUMPY": "a NumPy array", b"PK\3\4": "a zip archive, as np.savez and torch.save write",
            (20240801).to_bytes(4, "little"): "a bin of uint32 tokens, as llm.c writes for Llama 3"}
 AS_UINT16 = "a bin holds uint16: write ids.astype('<u2').tofile('train.bin') where all are below 65,536"
 
 
 def open_bin(path):
-    """The tokens of one bin, a read-only uint16 memory map. Refuses what is no bin, or not whole."""
+    """The tokens of one bin, a read-only uint16 memory map. Refuses what is not a whole bin."""
     size, header = os.path.getsize(path), np.fromfile(path, "<i4", 3)
     for signature, kind in FOREIGN.items():
         require(not header.tobytes().startswith(signature), f"{path} is {kind}; {AS_UINT16}")
@@ -75,6 +77,7 @@ class Corpus:
         self.shards = list(map(open_bin, paths))
         self.tokens = sum(map(len, self.shards))
         self.vocab_size = MAX_IDS  # as long as it is not known
+        opened.append(self)
 
     def check(self, vocab_size):
         """Refuses a token id outside the vocabulary: here in a sample, later wherever one is read."""
@@ -127,14 +130,16 @@ def open_corpus(folder):
     """
     folder = Path(folder)
     require(folder.is_dir(), f"no data at {folder}: python prepare.py --out={folder} prepares it")
+    paths = sorted(folder.glob("*.bin"))
     # Each map keeps its file open, and often only 1,024 may be: FineWeb-100B has more shards.
     with suppress(ImportError, ValueError, OSError):  # Windows has no such limit, macOS less than it says
         import resource
 
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        (soft, hard), wanted = resource.getrlimit(resource.RLIMIT_NOFILE), len(paths) + 1024
+        if 0 <= soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard < 0 else min(wanted, hard), hard))
     train, val = [], {}
-    for path in sorted(folder.glob("*.bin")):
+    for path in paths:
         if match := re.search(r"(?:^|_)val(?:_(?!\d{1,6}\.bin$)(.+?))?(?:_\d{1,6})?\.bin$", path.name):
             val.setdefault(match[1] or "val", []).append(path)
         elif re.search(r"(?:^|_)train(?:_\d+)?\.bin$", path.name):

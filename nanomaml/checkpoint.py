@@ -93,8 +93,7 @@ class Damaged(UserError):
 
 def stamp(path):
     """What changes when a file is written again."""
-    stat = os.stat(path)
-    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+    return [getattr(os.stat(path), f"st_{key}") for key in ("ino", "size", "mtime_ns")]
 
 
 def is_whole(path):
@@ -117,6 +116,8 @@ def check(path):
         while left and (content := file.read(min(left, 2**24))):
             crc, left = zlib.crc32(content, crc), left - len(content)
         trailer = file.read()
+    if trailer[:6] != TRAILER[:6]:
+        raise Damaged(f"checkpoint {path} is damaged: it does not end as those of train.py do")
     if trailer != TRAILER % crc:
         raise Damaged(f"checkpoint {path} is damaged: its checksum is {(TRAILER % crc).decode().strip()}, it "
                       f"should be {trailer.decode(errors='replace').strip()}")

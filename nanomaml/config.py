@@ -27,7 +27,7 @@ NonNegative = Annotated[float, "at least 0", lambda x: x >= 0]
 Positive = Annotated[float, "positive", lambda x: x > 0]
 Share = Annotated[float, "in [0, 1]", lambda x: 0 <= x <= 1]
 
-# OSErrors that are no mistake of the user: a full or broken disk, no memory, a network that went away.
+# OSErrors that are not a mistake of the user: a full or broken disk, no memory, a network that went away.
 MACHINE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ENOMEM, errno.EMFILE,
                   errno.ENFILE, errno.ESTALE}
 
@@ -73,7 +73,7 @@ def run(main):
         if "--help" not in sys.argv:  # as `--help | head` does
             fail("standard output was closed", 1)
     except (OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate", str(error)):
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate|overflow", str(error)):
             raise
         is_mistake = isinstance(error, OSError) and error.errno not in MACHINE_ERRNOS  # such as a wrong path
         fail(f"{type(error).__name__}: {error}", 2 if is_mistake else 1)
@@ -152,6 +152,7 @@ def read(cls, argv, doc):
 def operands(argv):
     """(what is neither a flag nor a config file, the rest): for scripts that take the folders of runs."""
     paths = [arg for arg in argv if not arg.startswith("-") and not arg.endswith(".py")]
+    require(all(paths), "an argument is empty: name a folder or a file")
     return paths, [arg for arg in argv if arg not in paths]
 
 

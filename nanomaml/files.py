@@ -58,7 +58,7 @@ def read_jsonl(path, *keys, skip_damaged=False):
     """The lines of a .jsonl file as dicts with these keys, without non-finite numbers; [] without a file.
 
     A torn last line, of a run that is still going, is skipped. Any other line that is not such JSON, or whose
-    step is no int, is a UserError with its number or, with `skip_damaged`, passed over with a warning.
+    step is not an int, is a UserError with its number or, with `skip_damaged`, passed over with a warning.
     """
     try:
         texts = Path(path).read_bytes().split(b"\n")

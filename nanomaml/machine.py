@@ -26,6 +26,7 @@ def pick_device(name, dtype):
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     require(is_alone or name in ("cuda", "cpu"),
             f"device = {name!r} with several ranks: give cuda (each rank takes a GPU) or cpu")
+    require(name.startswith(("cuda", "mps", "cpu")), f"device must be auto, cuda, mps or cpu, got {name!r}")
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:

@@ -19,7 +19,7 @@ def despiked_and_smoothed(t, y):
     weight = (t[1:-1] - t[:-2]) / (t[2:] - t[:-2])  # of the right neighbour: steps may be unevenly spaced
     deviations = y[1:-1] - (1 - weight) * y[:-2] - weight * y[2:]
     deviations /= np.sqrt(1 + weight**2 + (1 - weight) ** 2)  # in units of one point's noise
-    sigma = 1.4826 * np.median(np.abs(deviations))  # the median, since curvature at some points is no noise
+    sigma = 1.4826 * np.median(np.abs(deviations))  # the median, since curvature at some points is not noise
     y = np.median([y, np.r_[y[:1], y[:-1]], np.r_[y[1:], y[-1:]]], axis=0)  # of each point and its neighbours
     width = 1 + 2 * (len(y) // 40)  # of a moving average, shorter at the ends
     window = np.ones(width)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from model import ModelConfig
-from nanomaml import checkpoint, files, logs, ranks
+from nanomaml import bins, checkpoint, files, logs, ranks
 from nanomaml.config import one_line, require
 from nanomaml.tokenizer import read_spec
 
@@ -101,13 +101,12 @@ class Progress:
         self.interval, self.micro_steps, self.sums = dict.fromkeys(INTERVAL, 0), {}, {}
 
 
-def data_digests(folder, sources, validation):
-    """{what: digest} of all text that a run opens: of {kind: train.Source} and {domain: Corpus}."""
+def data_digests(folder):
+    """{what: digest} of the tokenizer and of every Corpus that the run has opened, the same on a resume."""
     spec = {key: value for key, value in read_spec(folder).items() if key != "name"}
     tokenizer = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
-    training = sorted({source.batches.corpus.digest for source in sources.values()})
-    validation = {f"validation data {domain}": corpus.digest for domain, corpus in validation.items()}
-    return {"training data": " ".join(training), "tokenizer": tokenizer} | validation
+    corpora = {f"corpus {i}, {corpus.paths[0].name}": corpus.digest for i, corpus in enumerate(bins.opened)}
+    return {"tokenizer": tokenizer} | corpora
 
 
 def what_ranks_share(cfg):
@@ -120,7 +119,8 @@ def what_ranks_share(cfg):
     foreign = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
     modules = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items())}
     for name, path in sorted(modules.items()):
-        if path and os.path.isabs(path) and not path.startswith(foreign) and "-packages" not in path:
+        is_installed = path and {"site-packages", "dist-packages"} & {*Path(path).parts}
+        if path and os.path.isabs(path) and not path.startswith(foreign) and not is_installed:
             code.update(name.encode() + Path(path).read_bytes())
     settings = {key: value for key, value in asdict(cfg).items() if key not in own}
     return settings | {"the digest of the source files": code.hexdigest()[:16], "PyTorch": torch.__version__}
@@ -177,10 +177,10 @@ def restore(cfg, digests, learner, optimizers):
         return None, None
 
     def refuse_if(is_so, what):
-        require(not is_so, f"{cfg.out_dir} holds {what}; take that, or another --out_dir "
-                           f"(--init_from={cfg.out_dir} gives it these weights)")
+        require(not is_so, f"{cfg.out_dir} holds {what}. Another --out_dir starts anew, and with "
+                           f"--init_from={cfg.out_dir} from its weights")
 
-    refuse_if("imported_from" in state["config"], "an imported model, no run to resume")
+    refuse_if("imported_from" in state["config"], "an imported model and not a run")
     refuse_if(state.get("version") != VERSION, "a run of another version of this code")
     saved_cfg = checkpoint.load_config(type(cfg), state)
     saved, now = asdict(saved_cfg), asdict(cfg)
@@ -189,9 +189,10 @@ def restore(cfg, digests, learner, optimizers):
     refuse_if(different, f"a run with another config ({'; '.join(different)})")
     refuse_if(cfg.max_steps < state["step"],
               f"a run that has done {state['step']} steps, max_steps = {cfg.max_steps}")
-    different = [what for what in sorted(digests) if digests[what] != state["digests"].get(what)]
+    theirs = state.get("digests", {})
+    different = [what for what in sorted({*digests, *theirs}) if digests.get(what) != theirs.get(what)]
     refuse_if(different, f"a run with other data than {cfg.data} ({', '.join(different)})")
-    refuse_if(state["optimizer_options"] != list(map(optimizer_options, optimizers)),
+    refuse_if(state.get("optimizer_options") != list(map(optimizer_options, optimizers)),
               "a run with other optimizers")
     try:
         weights = {f"decoder.{name}": p for name, p in state["model"].items()}

@@ -101,7 +101,7 @@ class Watch:
     def warn_if_stuck(self, line):
         """Warns where the query loss was at ln N in five log lines in a row; never during warm-up."""
         if "meta/query_loss" in line and self.progress.step > self.cfg.warmup_steps:
-            ln_n = math.log(line["meta/ways"])
+            ln_n = math.log(line.get("meta/ways", self.cfg.ways))
             is_stuck = line["meta/query_loss"] > 0.99 * ln_n
             self.progress.stuck_logs = self.progress.stuck_logs + 1 if is_stuck else 0
             if self.progress.stuck_logs == 5:

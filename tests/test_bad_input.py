@@ -52,7 +52,7 @@ TRAIN = [
     ("--first_order=maybe", "first_order must be bool"),
     ("--compile=1", "compile must be bool or None"),
     # numbers out of range
-    ("--max_steps=-1", "max_steps must be at least 0, got -1"),
+    ("--max_steps=-1", "max_steps must be in 0 to 10**9, got -1"),
     ("--lr=nan", "lr must be finite"),
     ("--lr=1e999", "lr must be finite"),
     ("--lr=-1", "lr must be positive, got -1.0"),
@@ -61,13 +61,13 @@ TRAIN = [
     ("--seed=9223372036854775808", "seed must be below 2**63"),
     ("--batch_size=0", "batch_size must be at least 1"),
     ("--ways=-3", "ways must be at least 2, got -3"),
-    ("--window=0", "window must be at least 1, got 0"),
+    ("--window=0", "window must be at least 2, got 0"),
     ("--meta_share=1.1", "meta_share must be in [0, 1]"),
     ("--inner_lr=-1", "inner_lr must be at least 0"),
     # choices, names, paths
     ("--wandb=maybe", "wandb must be one of disabled, offline, online"),
     ("--dtype=int8", "dtype must be one of"),
-    ("--device=warp", "device warp is not available here"),
+    ("--device=warp", "device must be auto, cuda, mps or cpu, got 'warp'"),
     ("--device=", "device must not be empty"),
     ("--out_dir=", "out_dir must not be empty"),  # wrote into the current folder
     ("--adapt=", "adapt must not be empty"),  # meant all

@@ -414,7 +414,7 @@ def test_a_model_that_is_another_is_refused(tmp_path):
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "scaled"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "scaled"),
         ({"rope_parameters": rope | {"rope_type": "yarn", "factor": 4.0}}, "scaled"),
-        ({"rope_scaling": [1]}, "rope_scaling is no JSON object"),
+        ({"rope_scaling": [1]}, "rope_scaling is not a JSON object"),
         ({"partial_rotary_factor": 0.5}, "partial"),
         ({"rope_parameters": rope | {"partial_rotary_factor": 0.5}}, "partial"),
         ({"hidden_act": "gelu"}, "the activation gelu"),

@@ -48,7 +48,7 @@ def test_what_is_wrong_on_all_ranks_is_said_by_the_first(forks, toy, tmp_path):
     for common, of_rank, says in (
             ([f"--data={toy}"], ("--log_every=1", "--lr=0.01"), "lr = 0.001 on rank 0, 0.01 on rank 1"),
             ([f"--data={toy}", "--vocab_size=3000"], (), "the tokenizer of"),
-            ([], both, "validation data val = '")):
+            ([], both, "corpus 1, val_000000.bin = '")):
         first, second = forks.run(flags + common, 2, of_rank, kill_all=True)
         [line] = errors([first])
         assert line.startswith("error: rank 0: ") and says in line and "error" not in second[1]

@@ -216,10 +216,8 @@ def restore(toy):
 
     def restore(out_dir, make=train.build_optimizers, folder=toy, **settings):
         cfg = toy_config(max_steps=10, data=str(folder), out_dir=str(out_dir), **settings)
-        corpus, validation = data.open_corpus(cfg.data)
-        sources = {kind: train.Source(SimpleNamespace(corpus=corpus), 1) for kind in ("lm", "episodes")}
-        digests = resume.data_digests(cfg.data, sources, validation)
-        return resume.restore(cfg, digests, learner, make(cfg, learner))
+        train.load_data(cfg, True)
+        return resume.restore(cfg, resume.data_digests(cfg.data), learner, make(cfg, learner))
 
     return restore
 
@@ -227,7 +225,7 @@ def restore(toy):
 def test_a_config_or_optimizer_that_contradicts_the_checkpoint_is_refused(restore, whole):
     """Field by field. AdamW with other betas went on with the saved ones."""
     refuses(lambda: restore(whole, lr=0.5, ways=3, log_every=7),
-            "lr = 0.001 there, 0.5 here; ways = 4 there, 3 here); take that", f"--init_from={whole}")
+            "lr = 0.001 there, 0.5 here; ways = 4 there, 3 here)", f"--init_from={whole}")
     assert restore(whole, log_every=7, eval_episodes=1, keep=7, probe_gradients=True)[0].step == 10
     for make in (lambda cfg, learner: train.build_optimizers(replace(cfg, beta1=0.8), learner),
                  lambda cfg, learner: [torch.optim.SGD(learner.parameters(), lr=cfg.lr)]):
@@ -239,7 +237,7 @@ def test_data_may_move_but_not_change(restore, toy, tmp_path, whole):
     moved = shutil.copytree(toy, tmp_path / "moved")
     assert restore(whole, folder=moved)[0].step == 10
     write_bin(moved / "train_000001.bin", np.fromfile(moved / "train_000001.bin", "<u2")[:511:-1])
-    refuses(lambda: restore(whole, folder=moved), f"other data than {moved} (training data")
+    refuses(lambda: restore(whole, folder=moved), f"other data than {moved} (corpus 0, train_000000.bin")
     shutil.copy(toy / "train_000001.bin", moved)
     spec = json.loads((moved / "tokenizer.json").read_text())
     spec["tokens"][300:302] = spec["tokens"][301:299:-1]
@@ -249,7 +247,9 @@ def test_data_may_move_but_not_change(restore, toy, tmp_path, whole):
 
 @pytest.mark.parametrize("change, says", [
     (lambda state: state.pop("version"), "a run of another version of this code"),
-    (lambda state: state["config"].update(imported_from="x"), "an imported model, no run to resume"),
+    (lambda state: state.pop("digests"), "other data than"),
+    (lambda state: state.pop("optimizer_options"), "other optimizers"),
+    (lambda state: state["config"].update(imported_from="x"), "an imported model and not a run"),
     (lambda state: state.update(step=5, config=state["config"] | {"d_model": "wide"}), "settings of no run"),
     (lambda state: state["model"].update({"lm_head.weight": torch.ones(3)}), "other parameters"),
     (lambda state: state["model"].pop("lm_head.weight"), "other parameters"),
@@ -321,6 +321,7 @@ def test_a_forks_copy_of_the_weights_is_that_of_the_loaded_ones(toy, tmp_path, w
     state, _ = run(toy, tmp_path, f"--init_from={whole}", "--max_steps=0")
     theirs = checkpoint.newest(whole)["model"]
     assert same(state["model"], theirs) and same(state["learner"]["average"], theirs["lm_head.weight"])
+    refuses(lambda: train.build_learner(toy_config(), torch.float32, {}), "has other parameters")
 
 
 def test_a_second_dataset_of_a_fork_may_not_change_between_resumes(toy, tmp_path, monkeypatch):
@@ -334,7 +335,7 @@ def test_a_second_dataset_of_a_fork_may_not_change_between_resumes(toy, tmp_path
     monkeypatch.setattr(train, "build_sources", build_sources)
     run(toy, tmp_path / "run", "--max_steps=1")
     write_bin(other / "train_000001.bin", np.full(50_000, 300))
-    refuses(lambda: run(toy, tmp_path / "run", "--max_steps=2"), "(training data)")
+    refuses(lambda: run(toy, tmp_path / "run", "--max_steps=2"), "(corpus 2, train_000000.bin)")
 
 
 def test_the_log_and_the_warning_use_the_episodes_own_number_of_ways(toy, tmp_path, monkeypatch, capsys):
