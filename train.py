@@ -227,13 +227,12 @@ def optimizer_step(optimizers, factor, is_bad):
 
 def compile_layers(cfg, device, learner):
     """Compiles the decoder in place where the settings say so and it is possible."""
-    # torch.compile has no second derivative, which second order needs of the layers that adapt.
-    is_possible = cfg.first_order or learner.head_only
-    if cfg.compile and not is_possible:
+    is_wanted = device.type == "cuda" if cfg.compile is None else cfg.compile
+    if is_wanted and (cfg.first_order or learner.head_only):
+        learner.decoder.compile()
+    elif is_wanted:
         print0("note      not compiled, since torch.compile has no second derivative, which "
                "first_order=False needs of the layers that adapt")
-    if is_possible and (device.type == "cuda" if cfg.compile is None else cfg.compile):
-        learner.decoder.compile()
 
 
 def wrap_for_ranks(learner, device):
