@@ -42,8 +42,8 @@ def test_what_is_wrong_on_all_ranks_is_said_by_the_first(forks, toy, tmp_path):
     """In one line, with both values where they do not run the same, before anything is written. Only the
     content of the data differs, or the settings; paths may. torchrun ends the others once one has exited.
     """
-    other, flags = shutil.copytree(toy, tmp_path / "other"), [*TOY, f"--out_dir={tmp_path / 'run'}"]
-    both = f"--data={toy}", f"--data={other}"
+    other, both = shutil.copytree(toy, tmp_path / "other"), (f"--data={toy}", f"--data={tmp_path / 'other'}")
+    flags = [*TOY, f"--out_dir={tmp_path / 'run'}", "--max_steps=0"]
     write_bin(other / "val_000000.bin", np.full(5000, 300))
     for common, of_rank, says in (
             ([f"--data={toy}"], ("--log_every=1", "--lr=0.01"), "lr = 0.001 on rank 0, 0.01 on rank 1"),
@@ -54,7 +54,7 @@ def test_what_is_wrong_on_all_ranks_is_said_by_the_first(forks, toy, tmp_path):
         assert line.startswith("error: rank 0: ") and says in line and "error" not in second[1]
     assert not (tmp_path / "run").exists()
     shutil.copy(toy / "val_000000.bin", other)
-    assert [code for code, _ in forks.run([*flags, "--max_steps=0"], 2, both)] == [0, 0]
+    assert [code for code, _ in forks.run(flags, 2, both)] == [0, 0]
 
 
 # ---- one that fails ----
