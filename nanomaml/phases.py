@@ -103,4 +103,5 @@ def summary(folder):
         peaks = [p["peak"] for p in results if p["verdict"] == RISE_AND_FALL]
         when = f"; peaks from step {min(peaks)} to {max(peaks)}" if peaks else ""
         lines.append(f"{LABELS.get(kind, kind)}: {', '.join(parts)}{when}")
-    return lines
+    is_long = any("fewer than 8" not in line for line in lines)
+    return lines if is_long else ["fewer than 8 probes are too few for phases: lower probe_every"]
