@@ -358,9 +358,7 @@ def summary(cfg, results, types):
 
 def load_tokenizer(folder, vocab_size):
     """The tokenizer in `folder`, which must fit the model and give each word sub-tokens of its own."""
-    tokenizer = tokenizer_files.load_tokenizer(folder)
-    require(tokenizer.n_vocab <= vocab_size,
-            f"the tokenizer of {folder} has {tokenizer.n_vocab} ids, the model {vocab_size}")
+    tokenizer = tokenizer_files.load_tokenizer(folder, vocab_size)
     the, end, both = map(tokenizer.encode_ordinary, (" the", " end", " the end"))
     require(the + end == both, f"the tokenizer of {folder} does not read a text word by word")
     return tokenizer

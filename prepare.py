@@ -159,9 +159,7 @@ def make_tokenizer(cfg):
         return train_tokenizer(documents, cfg.vocab_size)
     require(cfg.tokenizer == "gpt2" or Path(cfg.tokenizer, "tokenizer.json").exists(),
             f"tokenizer = {cfg.tokenizer!r} is neither train, gpt2 nor a folder with a tokenizer.json")
-    tokenizer = load_tokenizer(cfg.tokenizer)
-    require(tokenizer.n_vocab <= MAX_IDS, f"{cfg.tokenizer} has {tokenizer.n_vocab} ids, bins hold {MAX_IDS}")
-    return tokenizer
+    return load_tokenizer(cfg.tokenizer, MAX_IDS)
 
 
 def own_files(folder):

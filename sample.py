@@ -56,7 +56,7 @@ def main(argv):
     cfg, source = config.load(Config, flags, __doc__), Path(source)
     device, dtype = machine.pick_device(cfg.device, cfg.dtype)
     decoder = checkpoint.load_model(source).to(device)
-    tokenizer = load_tokenizer(source if source.is_dir() else source.parent)
+    tokenizer = load_tokenizer(source if source.is_dir() else source.parent, decoder.cfg.vocab_size)
     text, end = cfg.prompt, tokenizer.eot_token
     if not text and sys.stdin and not sys.stdin.isatty():  # None: it is closed
         try:
@@ -65,8 +65,6 @@ def main(argv):
             raise UserError(f"cannot read the prompt from standard input: {error}") from None
     require(len(text) <= MAX_PROMPT, f"the prompt has {len(text):,} characters, more than {MAX_PROMPT:,}")
     prompt = tokenizer.encode(text, allowed_special="all") or [end]
-    require(max(prompt) < decoder.cfg.vocab_size, f"the prompt has the token id {max(prompt)}, the model "
-            f"{decoder.cfg.vocab_size} ids: put the run's tokenizer.json beside the checkpoint")
 
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters that the model has

@@ -34,7 +34,7 @@ from schedule import Schedule, read_ahead
 
 Beta = Annotated[float, "in [0, 1)", lambda x: 0 <= x < 1]
 Several = Annotated[int, "at least 2", lambda n: n >= 2]
-Limited = Annotated[int, "in 0 to 10**9", lambda n: 0 <= n <= 10**9]  # what else would never end
+Limited = Annotated[int, "in 0 to 10**9", lambda n: 0 <= n <= 10**9]  # a larger number would never end
 
 
 @dataclass(frozen=True)
@@ -152,16 +152,14 @@ def load_data(cfg, has_episodes):
         try:
             prepare.prepare(prepare.Config())
         except UserError:
-            if not Path(cfg.data, "meta.json").exists():  # else another node was first
+            if not Path(cfg.data, "meta.json").exists():  # otherwise another node was first
                 raise
     if dist.is_initialized():
         dist.barrier()
     bins.opened.clear()
     corpus, validation = data.open_corpus(cfg.data)
     try:
-        tokenizer = data.load_tokenizer(cfg.data)
-        require(tokenizer.n_vocab <= cfg.vocab_size, f"the tokenizer of {cfg.data} has {tokenizer.n_vocab} "
-                f"ids, vocab_size = {cfg.vocab_size}: raise vocab_size")
+        tokenizer = data.load_tokenizer(cfg.data, cfg.vocab_size)
     except NoDownload:  # bins of GPT-2 tokens, offline: next-token prediction needs no tokenizer
         if has_episodes:
             raise

@@ -96,23 +96,27 @@ def token_ranks(spec):
     return {token: rank for rank, token in enumerate(tokens)}
 
 
-def load_tokenizer(source):
+def load_tokenizer(source, vocab_size=None):
     """A tiktoken Encoding with <|endoftext|> and <|mask|>: "gpt2", or that of a folder of bins or of a run.
 
     A folder without a tokenizer.json (bins from elsewhere) is taken to hold GPT-2 tokens. Of an imported
-    model it is a HuggingFaceTokenizer.
+    model it is a HuggingFaceTokenizer. UserError where it has more than `vocab_size` ids.
     """
     spec = read_spec(source)
     if spec["name"] == HuggingFaceTokenizer.name:
-        return HuggingFaceTokenizer(spec)
-    if spec["name"] != "gpt2":
-        return encoding(spec["name"], spec["pattern"], token_ranks(spec))
-    try:
-        gpt2 = tiktoken.get_encoding("gpt2")
-    except Exception as error:  # tiktoken lets the HTTP client's own errors through
-        raise NoDownload(f"tiktoken cannot download its gpt2 tokenizer ({type(error).__name__}): copy its "
-                         "cache from another machine and set TIKTOKEN_CACHE_DIR to it") from None
-    return encoding("gpt2", gpt2._pat_str, gpt2._mergeable_ranks)
+        tokenizer = HuggingFaceTokenizer(spec)
+    elif spec["name"] != "gpt2":
+        tokenizer = encoding(spec["name"], spec["pattern"], token_ranks(spec))
+    else:
+        try:
+            gpt2 = tiktoken.get_encoding("gpt2")
+        except Exception as error:  # tiktoken lets the HTTP client's own errors through
+            raise NoDownload(f"tiktoken cannot download its gpt2 tokenizer ({type(error).__name__}): copy "
+                             "its cache from another machine and set TIKTOKEN_CACHE_DIR to it") from None
+        tokenizer = encoding("gpt2", gpt2._pat_str, gpt2._mergeable_ranks)
+    require(vocab_size is None or tokenizer.n_vocab <= vocab_size,
+            f"the tokenizer of {source} has {tokenizer.n_vocab} ids, vocab_size = {vocab_size}")
+    return tokenizer
 
 
 def save_tokenizer(tokenizer, folder):

@@ -121,4 +121,4 @@ def test_bad_input_ends_with_one_line(run, shown):
     refuses(lambda: shown(stdin=b"\xff\xfe"), "cannot read the prompt from standard input")
     small = dataclasses.replace(MODEL, vocab_size=300)
     checkpoint.save(run, {"step": 8, "model": Decoder(small).state_dict(), "config": vars(small)}, keep=1)
-    refuses(lambda: shown("--prompt=<|mask|>"), f"token id {END + 1}, the model 300")
+    refuses(lambda: shown("--prompt=<|mask|>"), "ids, vocab_size = 300")
