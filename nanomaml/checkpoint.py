@@ -70,7 +70,7 @@ def save(out_dir, state, keep, keep_every=0):
         cause = error  # PyTorch raises a RuntimeError of its own after that of the file
         while not isinstance(cause, OSError) and cause.__context__ is not None:
             cause = cause.__context__
-        reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(cause, "strerror", None) or one_line(error, 200)
         raise UserError(f"cannot write checkpoint {path}: {reason}", 1) from None
     whole[path] = stamp(path)
     with suppress(OSError, AttributeError):  # the rename should reach the disk too; Windows cannot

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from nanomaml.config import UserError, require
+from nanomaml.config import UserError, one_line, require
 from nanomaml.ranks import rank_and_world
 
 Dtype = Literal["auto", "bfloat16", "float32"]
@@ -33,7 +33,7 @@ def pick_device(name, dtype):
         device = torch.device(name)
         torch.empty(0, device=device)
     except Exception as error:  # RuntimeError, AssertionError: whatever the backend raises
-        raise UserError(f"device {name} is not available here: {str(error).splitlines()[0]}") from None
+        raise UserError(f"device {name} is not available here: {one_line(error, 200)}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if dtype != "auto":
