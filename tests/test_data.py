@@ -30,6 +30,13 @@ def test_a_permutation_by_number_takes_every_number_once(n):
     assert n < 17 or not np.array_equal(permutation(n), permutation(n, 1))
 
 
+def test_a_permutation_by_number_looks_random():
+    order, straight = permutation(30_000), np.arange(30_000)
+    assert np.abs(np.diff(order)).mean() == pytest.approx(10_000, rel=0.03) and (order == straight).sum() < 8
+    table = np.histogram2d(straight, order, bins=10)[0]  # each cell has 300 on average
+    assert ((table - 300) ** 2 / 300).sum() < 81 + 5 * np.sqrt(2 * 81), "all places, wherever from"
+
+
 def test_an_epoch_visits_every_sequence_once_and_epochs_differ(toy):
     train, _ = open_corpus(toy)
     sequences = Sequences(train, 32, seed=3)

@@ -235,6 +235,12 @@ def test_each_word_of_the_real_treebanks_is_tagged_once(tokenizer):
         check_windows(read_split(UNER, name), tokenizer, context, "first")
 
 
+def test_a_long_sentence_is_read_with_what_came_before(tokenizer):
+    words = [tokenizer.decode([256 + i]).strip() for i in range(60)]  # each one sub-token
+    windows = eval_ner.cut([(words, ["O"] * 60)], tokenizer, 24, "first")
+    assert [(w.words[0], w.positions[0]) for w in windows] == [(0, 0), (24, 12), (36, 12), (48, 12)]
+
+
 @shared
 def test_batches_waste_little_on_padding_and_hold_every_sentence(tokenizer):
     windows = eval_ner.cut(read_split(UNER, "da_ddt-ud-train"), tokenizer, 128, "first")
@@ -450,7 +456,7 @@ def test_an_unusable_run_is_refused_before_training(run, uner, toy):
         evaluate(run, uner, "--train=one")
     (run / "ner.jsonl").rmdir()
     small = random_run(toy, run / "small", replace(MODEL, vocab_size=TOY_VOCAB - 1))
-    refuses(lambda: evaluate(small, uner), f"has {TOY_VOCAB} ids, the model {TOY_VOCAB - 1}")
+    refuses(lambda: evaluate(small, uner), f"has {TOY_VOCAB} ids, vocab_size = {TOY_VOCAB - 1}")
 
 
 # ---- other data, with a tag set of its own ----

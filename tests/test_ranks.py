@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, TOY, log, refuses, run, toy_config, write_bin
 
 from nanomaml import checkpoint, ranks, resume
+from schedule import block_kinds
 
 
 def errors(ended):
@@ -169,14 +170,16 @@ def equal_up_to_rounding(one, many):
     ["--head_layers=2", "--inner_lr=0.1"], ["--adapt=all", "--inner_lr=0.1"],
     ["--meta_share=0", "--head_layers=2"], ["--compile=True"], ["--read_out=context"]))], ids=" ".join)
 def test_two_ranks_are_bit_identical_and_equal_one_process(forks, toy, tmp_path, flags):
-    """Updates of LM, episodes and both; a head of several layers goes without gradient in some of them. One
+    """Twenty updates of LM, episodes and both; a head of several layers goes without gradient in some. One
     process makes twice the micro-steps.
     """
-    argv = [*TOY, f"--data={toy}", f"--out_dir={tmp_path / 'two'}", "--max_steps=10", *flags]
+    flags = [*flags, "--max_steps=20", "--seed=2"]
+    assert set((block_kinds(toy_config(max_steps=20, seed=2)) == "episodes").sum(1)) == {0, 1, 2}
+    argv = [*TOY, f"--data={toy}", f"--out_dir={tmp_path / 'two'}", *flags]
     ended = forks.run(argv, 2, patches=dict.fromkeys(range(2), SHOW))
     assert [code for code, _ in ended] == [0, 0], ended
     held = [[line for line in output.splitlines() if line.startswith("parameters")] for _, output in ended]
-    assert held[0] == held[1] and len(set(held[0])) == 3
+    assert held[0] == held[1] and len(set(held[0])) == 5
     state, lines = run(toy, tmp_path / "one", *flags, "--compile=False")
     equal_up_to_rounding(state, checkpoint.newest(tmp_path / "two"))
     for x, y in zip(lines, log(tmp_path / "two"), strict=True):
