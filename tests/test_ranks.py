@@ -62,7 +62,7 @@ def test_what_is_wrong_on_all_ranks_is_said_by_the_first(forks, toy, tmp_path):
 
 
 @pytest.mark.parametrize("call, says, has_traceback", [
-    ("data.load_tokenizer = lambda folder: train.require(False, 'a\\nbad disk')", "a bad disk", False),
+    ("data.load_tokenizer = lambda *_: train.require(False, 'a\\nbad disk')", "a bad disk", False),
     ("train.optimizer_step = lambda *args: 1 / 0", "ZeroDivisionError: division by zero", True)])
 def test_a_rank_that_fails_says_why_and_the_others_end(forks, toy, tmp_path, call, says, has_traceback):
     """A traceback of gloo was all that the other one said."""
