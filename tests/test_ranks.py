@@ -1,5 +1,6 @@
 """Several ranks: refused where they disagree, ended together where one fails, equal to one process."""
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -93,6 +94,7 @@ real, train.optimizer_step = train.optimizer_step, optimizer_step"""
 
 @pytest.mark.slow
 def test_torchrun_names_the_rank_that_dies(toy, tmp_path):
+    """Its "root cause" is the first in the same second, so the rank that only noticed may stand there."""
     code = "import os, sys; sys.path.insert(0, {root!r})\nimport train\nif os.environ['RANK'] == '1':\n" \
            "    train.optimizer_step = lambda *args: os.kill(os.getpid(), 9)\ntrain.config.run(train.main)"
     (tmp_path / "worker.py").write_text(code.format(root=str(ROOT)))
@@ -100,8 +102,8 @@ def test_torchrun_names_the_rank_that_dies(toy, tmp_path):
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
          str(tmp_path / "worker.py"), *TOY, f"--data={toy}", f"--out_dir={tmp_path}"],
         capture_output=True, text=True, cwd=ROOT)
-    report = ended.stderr.partition("Root Cause (first observed failure):")[2]
-    assert ended.returncode and "rank      : 1 (" in report and "exitcode  : -9 " in report, ended.stderr
+    died = re.search(r"rank      : 1 \(.*\n +exitcode  : -9 ", ended.stderr)
+    assert ended.returncode and died, ended.stderr
 
 
 # ---- one folder, one run ----
