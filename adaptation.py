@@ -8,9 +8,9 @@ of validation text each, by the run's inner steps and rate, and classifies Q oth
 read-outs of a window: the feature at a mask in the word's place, and the one before it, where a causal
 language model predicts the word. Metrics; `new_` marks words that are never classes in training:
 
-    val/query_acc, val/query_loss, val/new_query_acc, ...      at the run's read_out; also ..._unadapted
-    val/mask_query_acc, val/context_query_acc, ...             at either
-    final/mask_query_acc, final/mask_query_acc_error, ...      at the end, on up to 4 times as many words
+    adapt/query_acc, adapt/query_loss, adapt/new_query_acc, ...      at the run's read_out; also ..._unadapted
+    adapt/mask_query_acc, adapt/context_query_acc, ...               at either
+    final/mask_query_acc, final/mask_query_acc_error, ...            at the end, on up to 4 times the words
 
 Shapes: E episodes, N ways, K shots, Q queries, M = K + Q windows of a word, T positions, D model width.
 """
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 import data
 from meta import Head, Learner, labels
-from nanomaml import checkpoint, config, machine
+from nanomaml import checkpoint, config, files, machine
 from nanomaml.config import UserError, require
 
 
@@ -110,9 +110,9 @@ class AdaptationTest:
             suffix = "" if name == "adapted" else "_unadapted"
             for key, mean in means.items():
                 if read_out == self.cfg.read_out:
-                    metrics[f"val/{prefix}query_{key}{suffix}"] = mean
+                    metrics[f"adapt/{prefix}query_{key}{suffix}"] = mean
                 if name == "adapted":
-                    metrics[f"val/{read_out}_{prefix}query_{key}"] = mean
+                    metrics[f"adapt/{read_out}_{prefix}query_{key}"] = mean
         return metrics | (self.final(decoder, dtype) if is_last else {})
 
     def final(self, decoder, dtype):
@@ -139,8 +139,11 @@ def main(argv):
         require("eval_ways" in state["config"], f"{folder} holds no run of train.py")
         cfg = SimpleNamespace(**state["config"])
         test = AdaptationTest(cfg, data.open_corpus(cfg.data)[1], tokenizer)
-        metrics = test.final(checkpoint.load_model(state), torch.float32)
-        print(json.dumps({"run": folder, "step": state["step"]} | metrics), flush=True)
+        line = {"run": folder, "step": state["step"]}
+        line |= test.final(checkpoint.load_model(state), torch.float32)
+        if "" not in test.pools:
+            line["not_measured"] = test.lacks
+        print(json.dumps(files.finite(line)), flush=True)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,9 @@ import torch.nn.functional as F
 
 from nanomaml import checkpoint, config, files, treebanks
 from nanomaml import tokenizer as tokenizer_files
-from nanomaml.config import Count, Positive, require
+from nanomaml.config import Count, Positive, TextEncoding, require
 from nanomaml.machine import Dtype, autocast, pick_device
+from nanomaml.ranks import rank_and_world
 from nanomaml.stats import markdown, mean_std
 from nanomaml.treebanks import TYPES, keep_types, read_iob2  # noqa: F401
 from nanomaml.wandb_logs import Wandb, start_wandb
@@ -45,6 +46,7 @@ class Config(config.Settings):
     test: str = "all"  # treebanks to score, comma-separated, or all; en_ewt:dev: its dev split
     mode: Mode = "full"  # full; head: frozen backbone; majority: no model, the most frequent tag of each word
     data: str = "data/uner"  # folder of .iob2 or CoNLL files; Universal NER's are downloaded where missing
+    encoding: TextEncoding = "utf-8"  # of these files
     tags: str = ""  # entity types, comma-separated, others are O; empty: Universal NER's, or those of train
     seeds: Count = 1  # fine-tuning runs, seeded 1, 2, ...: initial head, order of batches, choice of shots
     shots: Counts = "0"  # sentences to fine-tune on, drawn from all training treebanks; 0: all; or 8,32,128
@@ -74,10 +76,10 @@ def choose_sentences(cfg):
     The best epoch is chosen on dev, which holds the dev splits of the training treebanks. For a treebank
     without one, and for names like en_ewt:dev, every tenth training sentence is held out instead.
     """
-    of_train = treebanks.load(cfg.train, "train", cfg.data)
+    of_train = treebanks.load(cfg.train, "train", cfg.data, None, cfg.encoding)
     types = choose_types(cfg.tags, of_train)
     readable = None if cfg.tags else (*TYPES, "OTH") if types == TYPES else types
-    tests = treebanks.load(cfg.test, "test", cfg.data, readable)
+    tests = treebanks.load(cfg.test, "test", cfg.data, readable, cfg.encoding)
     uses = [treebanks.treebank_and_split(name, "test") for name in tests]
     train, dev = [], []
     for name, sentences in of_train.items():
@@ -85,7 +87,7 @@ def choose_sentences(cfg):
         uses.append((treebank, split))
         if split == "train" and treebanks.has_dev(treebank, cfg.data):
             uses.append((treebank, "dev"))
-            dev += treebanks.load(treebank, "dev", cfg.data, readable)[treebank]
+            dev += treebanks.load(treebank, "dev", cfg.data, readable, cfg.encoding)[treebank]
         else:
             dev += sentences[9::10]
             del sentences[9::10]
@@ -367,6 +369,8 @@ def load_tokenizer(folder, vocab_size):
 def main(argv):
     source, flags = config.one_operand(argv)
     cfg, path = config.load(Config, flags, __doc__), Path(source)
+    if rank_and_world()[0] > 0:  # one process scores, also where torchrun starts several
+        return
     device, dtype = pick_device(cfg.device, cfg.dtype)
     state = checkpoint.load(path)
     if path.is_dir():

@@ -9,6 +9,8 @@ and its weights in one file, to a run's folder that eval_ner.py, probes.py --dat
 --init_from read. Needs pip install safetensors.
 """
 import json
+import os
+import pickle
 import re
 import shutil
 from dataclasses import asdict, dataclass, fields
@@ -244,7 +246,9 @@ def read_weights(folder):
     require(path.exists(), f"{path} is missing; save_pretrained(max_shard_size='99GB') makes it of shards")
     try:
         return {str(name): w for name, w in load(path).items()}
-    except Exception as error:  # safetensors and pickle have their own
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} is not loaded, since it holds code") from None
+    except Exception as error:  # safetensors has its own
         raise UserError(f"cannot read {path} ({type(error).__name__})") from None
 
 
@@ -254,8 +258,8 @@ def as_llama(weights, cfg, there):
     for name, w in weights.items():
         if name.endswith("rotary_emb.inv_freq"):  # old checkpoints hold what rope_theta says
             continue
-        require(torch.is_tensor(w) and w.is_floating_point() and w.element_size() > 1,
-                f"{name} is not a tensor of float32, float16 or bfloat16")
+        require(torch.is_tensor(w) and w.is_floating_point() and w.element_size() > 1 and w.isfinite().all(),
+                f"{name} is not a tensor of finite float32, float16 or bfloat16")
         if there["model_type"] == "pico_decoder":
             prefix = re.match(r"(?:pico_decoder\.)?(layers\.\d+\.)?", name)
             module, _, kind = name[prefix.end():].rpartition(".")
@@ -296,7 +300,7 @@ def write_import(source, folder):
     tokenizer = tokenizers.HuggingFaceTokenizer(read_tokenizer(source, there))
     weights = as_llama(read_weights(source), cfg, there)
     require_llama(weights, tokenizer, cfg, source)
-    settings = {"out_dir": str(folder), "data": "unknown", "imported_from": str(source)} | asdict(cfg)
+    settings = {"data": "unknown", "imported_from": str(source)} | asdict(cfg)
     files.replace(folder / "config.json", json.dumps(settings, indent=1) + "\n")
     tokenizers.save_tokenizer(tokenizer, folder)
     # Without optimizers a resume would call it damaged.
@@ -310,15 +314,20 @@ def main(argv):
     source, flags = config.one_operand(argv, "one run, checkpoint or Hugging Face folder")
     cfg, source = config.load(Config, flags, __doc__), Path(source)
     require(cfg.to, "name the folder to write, --to=FOLDER")
-    is_run, folder = source.is_file() or bool(checkpoint.paths(source)), Path(cfg.to)
+    is_run, folder = source.is_file() or bool(checkpoint.paths(source)), Path(os.path.abspath(cfg.to))
     require(is_run or (source / "config.json").exists(),
             f"{source} is no run (ckpt_*.pt), no checkpoint and no Hugging Face folder (config.json)")
-    folder.mkdir(parents=True, exist_ok=True)
-    require(not any(folder.iterdir()), f"--to={folder} holds files already: name a new folder")
+    require(not os.path.lexists(folder) or folder.is_dir() and not any(folder.iterdir()),
+            f"--to={folder} holds files already: name a new folder")
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")  # whole or not at all
     try:
-        done = write_export(source, folder) if is_run else write_import(source, folder)
-    except BaseException:  # whole or not at all: the same command may come again
-        shutil.rmtree(folder, ignore_errors=True)
+        partial.mkdir(parents=True)
+        done = write_export(source, partial) if is_run else write_import(source, partial)
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
         raise
     print(f"{cfg.to}: {done}", flush=True)
 

@@ -36,6 +36,7 @@ def adapt(loss, params, steps, lr, first_order=True):
     require(not first_order or not any(getattr(rate, "requires_grad", False) for rate in rates.values()),
             "a learned inner rate gets no gradient in first-order MAML, which cuts the graph of the inner "
             "loop: set first_order = False, or make the rate a constant")
+    first_order = first_order or not torch.is_grad_enabled()  # nobody asks for the graph of the loop
     with torch.enable_grad():  # evaluation adapts too
         if first_order:
             fast = {name: p.detach().clone().requires_grad_() for name, p in params.items()}

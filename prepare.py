@@ -10,7 +10,6 @@ The folder then holds train_000000.bin, ..., val_000000.bin (or val_<domain>_000
 meta.json. nanomaml/sources.py reads the sources, nanomaml/bins.py knows the format of bins. Until all is
 written the folder is called OUT.partial; after a break, the same command goes on after its last whole shard.
 """
-import codecs
 import itertools
 import json
 import os
@@ -19,6 +18,7 @@ import signal
 import sys
 import time
 import zlib
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -30,7 +30,7 @@ import numpy as np
 from data import EMBEDDED
 from nanomaml import config, files, ranks, sources
 from nanomaml.bins import MAX_IDS, ShardWriter
-from nanomaml.config import Natural, UserError, one_line, require
+from nanomaml.config import Natural, TextEncoding, UserError, one_line, require
 from nanomaml.tokenizer import SPECIAL, encoding, load_tokenizer, save_tokenizer
 
 # Pre-tokenizer of the tokenizers trained here: a word takes its leading space along, digits go in threes. The
@@ -42,21 +42,11 @@ TOKENIZER_CHARACTERS = 2e8  # settle the merges of a small vocabulary
 STATE = "state.json"  # in OUT.partial: what is on disk so far
 # What a preparation writes, so what it may remove.
 OWN = re.compile(r"(train|val(_.+)?)_\d{6,}\.bin|(tokenizer|meta|state)\.json(\.partial)?")
-NO_TEXT = {"idna", "punycode", "raw-unicode-escape", "unicode-escape"}  # codecs of other things
-
-
-def is_text_encoding(name):
-    try:
-        return codecs.lookup(name).name not in NO_TEXT and isinstance("".encode(name), bytes)
-    except (LookupError, ValueError):
-        return False
-
 
 HeldOut = Annotated[float, "in [0, 0.5]", lambda x: 0 <= x <= 0.5]
 VocabSize = Annotated[int, f"in {256 + len(SPECIAL)} (bytes and special tokens) to {MAX_IDS} (uint16)",
                       lambda x: 256 + len(SPECIAL) <= x <= MAX_IDS]
 ShardTokens = Annotated[int, "in 1 to 2**31 - 1, as the header counts in int32", lambda x: 1 <= x < 2**31]
-TextEncoding = Annotated[str, "a text encoding of Python, such as gb18030 or utf-16-le", is_text_encoding]
 
 
 @dataclass(frozen=True)
@@ -84,9 +74,12 @@ def check_sources(cfg):
     for source in names:
         paths, others = sources.find_files(source)
         sizes |= {str(path): path.stat().st_size for path in paths}
-        if others:
-            skipped = one_line(", ".join(path.name for path in others), 100)
-            print(f"{source}: {len(paths)} files to read, {len(others)} skipped ({skipped})", file=sys.stderr)
+        kinds = defaultdict(list)
+        for path in paths if os.path.isdir(source) else []:
+            kinds[sources.SUFFIX.search(path.name)[0].lower()].append(path.name)
+        for kind, found in (kinds | {"skipped": [path.name for path in others]} if kinds else {}).items():
+            if found:
+                print(one_line(f"{source}: {len(found)} {kind}: {', '.join(found)}", 110), file=sys.stderr)
         for name in map(os.path.realpath, paths) if paths else [":".join(sources.hub_dataset(source))]:
             other = read_for.get(name)
             require(not other, f"source: {name} would be read twice, for {other} and {source}: name it once")
@@ -100,11 +93,17 @@ def check_sources(cfg):
     return domains, sizes | {name: os.path.getsize(name) for name in domains}
 
 
-def read_sources(cfg, names, *args, characters=float("inf")):
-    """The non-empty documents of the named sources, or only what begins within so many characters."""
+def read_sources(cfg, names, *args, characters=float("inf"), empty=lambda: None):
+    """The documents of the named sources, or only what begins within so many characters.
+
+    empty: called for each document without text, which is passed over.
+    """
     documents = (document for source in names
                  for document in sources.read_documents(source, cfg.text_key, cfg.encoding, *args))
-    for document in filter(len, documents if names else sources.embedded_documents()):
+    for document in documents if names else sources.embedded_documents():
+        if len(document) == 0:
+            empty()
+            continue
         yield document
         characters -= len(document)
         if characters < 0:
@@ -116,13 +115,14 @@ def held_out_every(cfg):
     return round(1 / cfg.val_share) if cfg.val_share and not cfg.val else 0
 
 
-def pieces(cfg, domains, n_ids, opened):
+def pieces(cfg, domains, n_ids, progress):
     """(split, does a document start here, text or token ids) of all documents, validation files first."""
     every, names = held_out_every(cfg), sources.split_list(cfg.source)
     validation = ((f"val_{domain}", document) for name, domain in domains.items()
-                  for document in read_sources(cfg, [name], n_ids))
+                  for document in read_sources(cfg, [name], n_ids, empty=progress.empty))
+    documents = read_sources(cfg, names, n_ids, progress.opened, empty=progress.empty)
     training = (("val" if every and i % every == every - 1 else "train", document)
-                for i, document in enumerate(read_sources(cfg, names, n_ids, opened)))
+                for i, document in enumerate(documents))
     for split, document in itertools.chain(validation, training):
         is_text = isinstance(document, str)  # else token ids, which have end tokens among them
         for i, piece in enumerate(sources.PIECES.findall(document) if is_text else [document]):
@@ -206,6 +206,10 @@ class Progress:
         self.cfg, self.size = cfg, size  # bytes of all files; 0: not known
         self.before, self.file, self.file_size = 0, None, 0  # bytes of the files before the one being read
         self.start, self.shown = None, time.perf_counter()  # start: (time, tokens, share) before new text
+        self.n_empty = 0  # documents without text
+
+    def empty(self):
+        self.n_empty += 1
 
     def opened(self, file):
         self.before, self.file = self.before + self.file_size, file
@@ -234,7 +238,7 @@ def write_splits(cfg, domains, tokenizer, writers, state, sizes):
     end, most = np.array([tokenizer.eot_token], "<u2"), cfg.max_tokens or 2**63
     n_ids = 0 if cfg.tokenizer == "train" else tokenizer.n_vocab  # ids of a tokenizer trained here cannot be
     progress = Progress(cfg, sum(sizes[name] for name in sizes.keys() - domains.keys()))
-    rest = pieces(cfg, domains, n_ids, progress.opened)
+    rest = pieces(cfg, domains, n_ids, progress)
 
     def encode(item):
         _, is_start, piece = item
@@ -258,6 +262,8 @@ def write_splits(cfg, domains, tokenizer, writers, state, sizes):
                 save_state(writers, state)
     for writer in writers.values():
         writer.close()
+    if progress.n_empty:
+        print(f"{cfg.out}: documents without text, passed over: {progress.n_empty:,}", file=sys.stderr)
 
 
 def fill(partial, cfg, domains, sizes):
@@ -273,7 +279,9 @@ def fill(partial, cfg, domains, sizes):
         if not state["pieces"]:
             save_tokenizer(tokenizer, partial)
         write_splits(cfg, domains, tokenizer, writers, state, sizes)
-        few = f": fewer than {every} documents leave none, give --val or a larger --val_share"
+        few = ": give --val or a larger --val_share, since one document in "
+        few += f"{every} is held out, and there are fewer" if writers["train"].total != cfg.max_tokens else (
+            f"{every} is held out, and max_tokens = {cfg.max_tokens} is reached before that")
         for split, writer in writers.items():
             require(writer.total, f"no text for {split}{few if split == 'val' else ''}")
         counts = {split: writer.total for split, writer in sorted(writers.items())}
@@ -292,8 +300,6 @@ def fill(partial, cfg, domains, sizes):
                 (partial / name).unlink()
             with suppress(OSError):  # something else came in
                 partial.rmdir()
-        if type(error).__name__ == "PanicException":  # of Rust libraries; not an Exception
-            raise UserError(f"the tokenizer failed on the text: {one_line(error, 200)}") from None
         if isinstance(error.__cause__, KeyboardInterrupt):  # they let it surface as a SystemError
             raise KeyboardInterrupt from None
         raise
@@ -309,19 +315,22 @@ def prepare(cfg):
     domains, sizes = check_sources(cfg)
     # The lock lies beside the folder, so that no open file is in it when it is renamed: Windows refuses that.
     partial, lock = out.with_name(f"{out.name}.partial"), out.with_name(f"{out.name}.lock")
-    done = "written by another process meanwhile"
+    done, is_held = "written by another process meanwhile", False
     try:
         with ranks.only_writer(lock, out, wait=True):
+            is_held = True
             if not out.exists():
                 meta = fill(partial, cfg, domains, sizes)
                 partial.rename(out)
                 (out / STATE).unlink(missing_ok=True)
                 done = ", ".join(f"{total:,} {split}" for split, total in meta["tokens"].items())
                 done += f" tokens, tokenizer {meta['tokenizer']}, {time.perf_counter() - start:.0f} s"
-        with suppress(OSError):  # Windows: another process has it open
-            lock.unlink()  # only now: whoever still waits for it finds the folder
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from None
+    finally:
+        if is_held:
+            with suppress(OSError):  # Windows: another process has it open
+                lock.unlink()  # only now: whoever still waits for it finds the folder
     print(f"{out}: {done}", flush=True)
 
 

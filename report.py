@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from nanomaml import config, drawing, files, phases, runs
-from nanomaml.stats import difference, markdown, mean_std, speedup
+from nanomaml.stats import difference, escaped, markdown, mean_std, speedup
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def answer(groups, names):
     for (mode, train, _, shots, *_), tests in runs.ner_scores(groups).items():
         complete = [scores for scores in tests.values() if [*map(len, scores)] == [*map(len, groups)]]
         if complete and mode != "majority":
-            options = f"{mode}, {train}, {shots or 'all'} sentences; treebanks: {len(complete)}"
+            options = f"{mode}, {escaped(train)}, {shots or 'all'} sentences; treebanks: {len(complete)}"
             means = [np.mean([scores[i] for scores in complete], axis=0).tolist() for i in range(2)]
             rows += compared(f"mean F1 on Universal NER ({options})", means, ".1f", paired)
     counts = [[phases.majority(of_layer)[0] for kind, by_layer in runs.layer_curves(group).items()
@@ -86,7 +86,7 @@ def end_of_training(groups, names):
     """The last value of each loss and accuracy, not the best, and what the runs took."""
     rows = []
     for key in ["val/loss", *runs.domain_keys(groups)]:
-        label = f"validation loss, {'nats' if key == 'val/loss' else key.removeprefix('val/')}"
+        label = f"validation loss, {'nats' if key == 'val/loss' else escaped(key.removeprefix('val/'))}"
         rows += compared(label, runs.last_values(groups, key), ".3f", runs.in_pairs(groups))
     rows += adaptation_rows(groups, "acc", "query accuracy")
     rows += adaptation_rows(groups, "loss", "query loss, nats")
@@ -123,10 +123,10 @@ def universal_ner(groups, names):
     """Span F1 on each treebank that all groups were scored on, a table for each way of fine-tuning."""
     paragraphs = []
     for (mode, train, *rest), tests in runs.ner_scores(groups).items():
-        rows = [row for test, scores in tests.items() for row in compared(test, scores, ".1f")]
+        rows = [row for test, scores in tests.items() for row in compared(escaped(test), scores, ".1f")]
         if rows:
             options = ", ".join(f"{name} {value}" for name, value in zip(runs.NER_KEY[2:7], rest) if value)
-            paragraphs += [f"## Universal NER, {mode}, trained on {train} ({options})",
+            paragraphs += [f"## Universal NER, {mode}, trained on {escaped(train)} ({escaped(options)})",
                            "Span F1 in percent; of each run the mean over fine-tuning seeds.",
                            comparison(names, rows)]
     return paragraphs
@@ -148,11 +148,11 @@ def phases_of_curves(groups, names):
                 means = {layer: np.mean([result[key] for result in results])
                          for layer, (verdict, results) in found.items() if verdict == phases.RISE_AND_FALL}
                 times = ", ".join(f"{layer} ({means[layer]:.0f})" for layer in sorted(means, key=means.get))
-                label = runs.LABELS.get(kind, kind)
+                label = runs.LABELS.get(kind, escaped(kind))
                 orders += [f"- {label}: layers {verb} in the order {times}"] if times else []
             for (layer, curves), (verdict, results) in zip(by_layer.items(), found.values()):
                 of = f" ({len(results)} of {len(curves)})" if len(group) > 1 else ""
-                rows.append([runs.LABELS.get(kind, kind), layer, verdict + of])
+                rows.append([runs.LABELS.get(kind, escaped(kind)), layer, verdict + of])
                 for key in rows[0][3:]:
                     values = [result[key] for result in results]
                     if key in ("start", "peak", "settled"):
@@ -171,7 +171,9 @@ SECTIONS = [end_of_training, speedup_to_equal_loss, universal_ner, phases_of_cur
 
 def tables(groups, names):
     """The report as Markdown."""
-    listed = [f"{name}: {', '.join(str(run['path']) for run in group)}" for name, group in zip(names, groups)]
+    names = list(map(escaped, names))
+    paths = [", ".join(escaped(run["path"]) for run in group) for group in groups]
+    listed = [f"{name}: {of_group}" for name, of_group in zip(names, paths)]
     note = " Mean ± standard deviation over runs." if max(map(len, groups)) > 1 else ""
     if len(groups) == 2 and min(map(len, groups)) > 1:
         test = "t-test, paired by seed" if runs.in_pairs(groups) else "Welch's t-test"
@@ -191,7 +193,7 @@ def write(groups, out):
     text = tables(found, names)
     out.parent.mkdir(parents=True, exist_ok=True)
     drawing.figure(found, names).savefig(f"{out}.png")
-    files.replace(f"{out}.md", f"{text}\n![{' against '.join(names)}]({out.name}.png)\n")
+    files.replace(f"{out}.md", f"{text}\n![{escaped(' against '.join(names))}](<{out.name}.png>)\n")
     return text
 
 

@@ -60,14 +60,12 @@ def main(argv):
     text, end = cfg.prompt, tokenizer.eot_token
     if not text and sys.stdin and not sys.stdin.isatty():  # None: it is closed
         try:
-            text = re.sub(r"\r?\n\Z", "", sys.stdin.buffer.read().decode())
+            text = re.sub(r"\r?\n\Z", "", sys.stdin.buffer.read(4 * MAX_PROMPT + 4).decode())
         except UnicodeDecodeError as error:
             raise UserError(f"cannot read the prompt from standard input: {error}") from None
     require(len(text) <= MAX_PROMPT, f"the prompt has {len(text):,} characters, more than {MAX_PROMPT:,}")
     prompt = tokenizer.encode(text, allowed_special="all") or [end]
 
-    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
-        sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters that the model has
     for i in range(cfg.samples):
         if cfg.samples > 1:
             print(f"---- sample {i + 1}, seed {cfg.seed + i} ----")

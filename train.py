@@ -8,7 +8,10 @@ The same command again resumes from the newest checkpoint in out_dir. Ctrl-C, SI
 step, writes a checkpoint and exits with 0. What can go wrong is watched for in nanomaml/trouble.py.
 """
 import math
+import os
 import re
+import shutil
+import sys
 import time
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
@@ -144,7 +147,7 @@ def build_sources(cfg, kinds, corpus, tokenizer):
 
 def load_data(cfg, has_episodes):
     """(train Corpus, {domain: validation Corpus}, tokenizer or None), prepared where needed and checked."""
-    if ranks.is_first_on_node() and cfg.data == data.EMBEDDED and not Path(cfg.data).exists():
+    if ranks.local_rank() == 0 and cfg.data == data.EMBEDDED and not Path(cfg.data).exists():
         import prepare
 
         print0(f"data      {cfg.data} is missing: preparing it from the documentation of Python, NumPy and "
@@ -226,6 +229,9 @@ def optimizer_step(optimizers, factor, is_bad):
 def compile_layers(cfg, device, learner):
     """Compiles the decoder in place where the settings say so and it is possible."""
     is_wanted = device.type == "cuda" if cfg.compile is None else cfg.compile
+    compiler = os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))
+    require(not is_wanted or shutil.which(compiler),
+            f"compile needs a C++ compiler, and there is no {compiler}: install it, or give --compile=False")
     if is_wanted and (cfg.first_order or learner.head_only):
         learner.decoder.compile()
     elif is_wanted:

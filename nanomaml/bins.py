@@ -12,6 +12,7 @@ import os
 import re
 from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 
@@ -129,7 +130,7 @@ def open_corpus(folder):
     val_<domain>_000000.bin belongs to a domain of that name, other validation bins to "val".
     """
     folder = Path(folder)
-    require(folder.is_dir(), f"no data at {folder}: python prepare.py --out={folder} prepares it")
+    require(folder.is_dir(), f"no data at {folder}: python prepare.py --out={quote(str(folder))} prepares it")
     paths = sorted(folder.glob("*.bin"))
     # Each map keeps its file open, and often only 1,024 may be: FineWeb-100B has more shards.
     with suppress(ImportError, ValueError, OSError):  # Windows has no such limit, macOS less than it says
@@ -146,6 +147,7 @@ def open_corpus(folder):
             train.append(path)
         else:
             raise UserError(f"{folder}: is {path.name} for training or validation?")
+    require("loss" not in val, f"{folder}: the domain loss would be logged as val/loss, the mean: rename it")
     missing = "val" if train else "train"
     require(train and val, f"{folder} holds no {missing} bins (NAME_{missing}_000000.bin or {missing}.bin)")
     return Corpus(train), {domain: Corpus(paths) for domain, paths in val.items()}

@@ -7,6 +7,7 @@ A file is what torch.save writes, and then the CRC-32 of that: PyTorch checks no
 those of a zip archive do not cover its directory. Knows model.py, to load one.
 """
 import os
+import pickle
 import re
 import sys
 import zlib
@@ -136,6 +137,9 @@ def read(path):
         if not (isinstance(state, dict) and type(state.get("step")) is int
                 and isinstance(state.get("model"), dict) and isinstance(state.get("config"), dict)):
             raise Damaged(f"{path} is not a checkpoint of train.py")
+        bad = [key for key, p in state["model"].items() if not torch.is_tensor(p) or not p.isfinite().all()]
+        if bad:
+            raise Damaged(f"checkpoint {path} holds numbers that are not finite: {one_line(bad[0], 80)}")
         step, last = state["step"], state["config"].get("max_steps", state["step"])
         in_name = step_of(path) if re.fullmatch(NAME, Path(path).name) else step
         if step != in_name or not 0 <= step <= last:
@@ -147,7 +151,9 @@ def read(path):
         raise
     except (OSError, MemoryError) as error:  # the file may be good: do not go on from an older one
         raise UserError(f"cannot read checkpoint {path}: {error or type(error).__name__}") from None
-    except Exception as error:  # pickle and PyTorch each have their own
+    except pickle.UnpicklingError:  # PyTorch's message goes on with how to run it all the same
+        raise Damaged(f"checkpoint {path} is not loaded, since it holds code") from None
+    except Exception as error:  # PyTorch has its own
         if "allocate memory" in str(error):  # a RuntimeError; the file is good
             raise UserError(f"cannot read checkpoint {path}: {named(error)}") from None
         raise Damaged(f"checkpoint {path} is damaged: {named(error)}") from None
@@ -197,7 +203,7 @@ def load_model(source):
         # A generator of its own, so that the caller's random numbers stay as they are.
         decoder = Decoder(load_config(ModelConfig, state), torch.Generator())
         decoder.load_state_dict(state["model"])
-    except (KeyError, TypeError, RuntimeError, UserError) as error:
+    except (KeyError, TypeError, AttributeError, RuntimeError, UserError) as error:
         where = "this state" if isinstance(source, dict) else source
         raise Damaged(f"{where} holds no model of train.py: {named(error)}") from None
     return decoder.eval()

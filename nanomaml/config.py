@@ -1,12 +1,13 @@
-"""Settings of every script: a frozen dataclass, filled from config files and flags.
+"""How every script starts and ends, and its settings: a frozen dataclass, filled from config files and flags.
 
     python train.py configs/11m.py configs/vanilla.py --lr=1e-3     # [config.py ...] [--key=value ...]
     python train.py --help                                          # every key with its default and meaning
 
-Defaults < files, left to right < flags. `--key` alone turns a switch on. A config file is plain Python
+Defaults < files, left to right < flags. `--key` alone turns a switch on. A config file is Python code, plain
 assignments, so `max_steps = 6 * 1000` works. The comment after a field is its line in `--help`; the type says
 what it may be: `Count`, `Share` and others below, Literal["a", "b"] for a choice.
 """
+import codecs
 import dataclasses
 import difflib
 import errno
@@ -19,6 +20,7 @@ import sys
 import time
 import types
 import typing
+from contextlib import redirect_stdout
 from typing import Annotated
 
 Natural = Annotated[int, "at least 0", lambda x: x >= 0]
@@ -26,6 +28,19 @@ Count = Annotated[int, "at least 1", lambda x: x >= 1]
 NonNegative = Annotated[float, "at least 0", lambda x: x >= 0]
 Positive = Annotated[float, "positive", lambda x: x > 0]
 Share = Annotated[float, "in [0, 1]", lambda x: 0 <= x <= 1]
+
+NO_TEXT = {"idna", "punycode", "raw-unicode-escape", "unicode-escape"}  # codecs of other things
+CONTROLS = {i: f"\\x{i:02x}" for i in (*range(32), *range(127, 160)) if chr(i) not in "\t\n"}
+
+
+def is_text_encoding(name):
+    try:
+        return codecs.lookup(name).name not in NO_TEXT and isinstance("".encode(name), bytes)
+    except (LookupError, ValueError):
+        return False
+
+
+TextEncoding = Annotated[str, "a text encoding of Python, such as gb18030 or utf-16-le", is_text_encoding]
 
 # OSErrors that are not a mistake of the user: a full or broken disk, no memory, a network that went away.
 MACHINE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ENOMEM, errno.EMFILE,
@@ -40,7 +55,7 @@ class UserError(Exception):
     """
 
     def __init__(self, message, code=None):
-        super().__init__(message)
+        super().__init__(visible(message))
         cause = sys.exception()
         is_machine = getattr(cause, "errno", None) in MACHINE_ERRNOS
         self.code = code or (cause.code if isinstance(cause, UserError) else 1 if is_machine else 2)
@@ -51,18 +66,40 @@ def require(ok, message):
         raise UserError(message)
 
 
+def visible(text):
+    """`text` with control characters as \\x1b and the like: in foreign text they could rule the terminal."""
+    return str(text).translate(CONTROLS)
+
+
+class Visible:
+    """A text stream that shows control characters; other attributes are the stream's."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        return self.stream.write(visible(text))
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
 def one_line(text, most=1000):
     """A text, or what an exception says, as one line."""
-    text = " ".join(str(text).split())
+    text = visible(" ".join(str(text).split()))
     return text if len(text) <= most else text[:most] + " ..."
 
 
 def run(main):
     """Calls `main` with the command line's arguments: how every script here starts."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # `>&-`
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal may lack characters; not in a notebook
+        sys.stdout.reconfigure(errors="replace")
     try:
-        main(sys.argv[1:])
+        with redirect_stdout(Visible(sys.stdout)):
+            main(sys.argv[1:])
         sys.stdout.flush()
-        if "RANK" in os.environ:  # of torchrun; its threads may need the interpreter that ends, and abort
+        if {"RANK", "WORLD_SIZE"} <= os.environ.keys():  # torchrun's: threads may need the interpreter
             os._exit(0)
     except UserError as error:
         fail(error, error.code)
@@ -77,6 +114,10 @@ def run(main):
             raise
         is_mistake = isinstance(error, OSError) and error.errno not in MACHINE_ERRNOS  # such as a wrong path
         fail(f"{type(error).__name__}: {error}", 2 if is_mistake else 1)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of Rust libraries; not an Exception
+            raise
+        fail(f"the tokenizer failed on the text: {error}", 2)
 
 
 def fail(message, code):
@@ -103,7 +144,7 @@ def load(cls, argv, doc=""):
     try:
         return read(cls, argv, doc)
     except UserError:
-        if int(os.environ.get("LOCAL_RANK", 0)) > 0:  # torchrun ends this rank once the first has exited
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # torchrun ends this rank once the first has exited
             time.sleep(30)
         raise
 
@@ -123,6 +164,7 @@ def read(cls, argv, doc):
         if key not in known:
             near = difflib.get_close_matches(key.replace("-", "_"), known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "--help lists the keys"
+            hint += "" if is_text else f" (a name of your own begins with _: _{key})"
             raise UserError(f"unknown key {shown(key)} in {where}; {hint}")
         values[key] = convert(key, value, known[key].type, is_text)
         require(values[key] != "" or known[key].default == "", f"{key} must not be empty")
@@ -130,6 +172,7 @@ def read(cls, argv, doc):
     for path in (arg for arg in argv if not arg.startswith("-")):
         require(path.endswith(".py"),
                 f"{shown(path)} is neither a config file (*.py) nor a flag (--key=value)")
+        require(os.path.isfile(path), f"config file {path}: there is no such file")  # a folder would run too
         try:
             names = runpy.run_path(path)
         except (Exception, SystemExit) as error:  # whatever a user's file may raise
@@ -151,7 +194,8 @@ def read(cls, argv, doc):
 
 def operands(argv):
     """(what is neither a flag nor a config file, the rest): for scripts that take the folders of runs."""
-    paths = [arg for arg in argv if not arg.startswith("-") and not arg.endswith(".py")]
+    paths = [arg for arg in argv
+             if not arg.startswith("-") and (os.path.isdir(arg) or not arg.endswith(".py"))]
     require(all(paths), "an argument is empty: name a folder or a file")
     return paths, [arg for arg in argv if arg not in paths]
 

@@ -87,9 +87,9 @@ def training_line(progress, line):
 
 def evaluation_line(step, metrics, probe):
     """An evaluation for the console, and the last probe: {} before the first, else with its "step"."""
-    losses = {name: loss for name, loss in metrics.items() if "query" not in name}
+    losses = {name: loss for name, loss in metrics.items() if name.startswith("val/")}
     parts = [f"step {step:>6}", *(f"{name} {loss:.4f}" for name, loss in losses.items())]
-    for name, label in (("val/query_acc", "query acc"), ("val/new_query_acc", "of new words")):
+    for name, label in (("adapt/query_acc", "query acc"), ("adapt/new_query_acc", "of new words")):
         parts += [f"{label} {metrics[name]:.3f}"] if name in metrics else []
     for prefix, label in (("rank/resid/", "effective rank"), ("entropy/", "attention entropy")):
         values = [value for name, value in probe.items() if name.startswith(prefix)]
@@ -104,9 +104,9 @@ def print_results(cfg, corpus, learner, tokenizer, device, metrics):
     loss = f"validation loss {metrics['val/loss']:.3f}, where" if metrics else "not evaluated;"
     print(f"done      {loss} token frequencies alone give {corpus.unigram_entropy():.3f}")
     for key, words in (("query_acc", "held-out text"), ("new_query_acc", "held-out words")):
-        if f"val/mask_{key}" in metrics:
-            print(f"          query accuracy on {words} {metrics[f'val/mask_{key}']:.3f} at the mask, "
-                  f"{metrics[f'val/context_{key}']:.3f} before the word; chance {1 / cfg.eval_ways:.3f}")
+        if f"adapt/mask_{key}" in metrics:
+            print(f"          query accuracy on {words} {metrics[f'adapt/mask_{key}']:.3f} at the mask, "
+                  f"{metrics[f'adapt/context_{key}']:.3f} before the word; chance {1 / cfg.eval_ways:.3f}")
     if cfg.meta_share > 0:
         print("          compare with a run of configs/vanilla.py to see what episodes bring")
     if tokenizer is not None:

@@ -4,11 +4,17 @@ from functools import partial
 import numpy as np
 
 from nanomaml import phases, runs
+from nanomaml.config import one_line
 from nanomaml.stats import speedup
 
 COLORS = ("#c0392b", "#2c6fbb")  # of the groups
 MARKERS = {"start": ("v", "start of the rise"), "peak": ("^", "peak"), "settled": ("s", "90% of the fall")}
 MARKER_STYLE = {"mec": "black", "mew": 0.4, "lw": 0}
+
+
+def plain(name):
+    """A name as text of a figure: one line, and a $ begins no formula."""
+    return one_line(name, 60).replace("$", r"\$")
 
 
 def styled_runs(groups):
@@ -56,7 +62,7 @@ def speedup_panel(ax, names, levels, speedups):
 def adaptation_panel(ax, groups, kind):
     for run, style in styled_runs(groups):
         for read_out, (_, dashes) in runs.READ_OUTS.items():
-            c = runs.curve(run, key := f"val/{read_out}_{kind}query_acc")
+            c = runs.curve(run, key := f"adapt/{read_out}_{kind}query_acc")
             ax.plot(c["step"], c[key], dashes, **style)
     ax.set(xlabel=runs.AXES["step"], title=f"query accuracy, {runs.WORDS[kind]}", ylim=(0, None))
     legend(ax, {where: {"color": "gray", "ls": dashes} for where, dashes in runs.READ_OUTS.values()})
@@ -70,7 +76,7 @@ def domains_panel(ax, groups, names):
         error = final.std(1, ddof=1) if len(group) > 1 else None
         offset = 0.2 * (i - (len(groups) - 1) / 2)
         ax.errorbar(final.mean(1), y + offset, xerr=error, fmt="o", ms=4, color=color, capsize=2)
-    ax.set_yticks(y, [key.removeprefix("val/") for key in keys])
+    ax.set_yticks(y, [plain(key.removeprefix("val/")) for key in keys])
     ax.grid(axis="y", lw=0.3)
     ax.set(xlabel="nats", title="validation loss by domain", ylim=(len(keys) - 0.5, -0.5))
     legend(ax, {name: {"color": color} for name, color in zip(names, COLORS)})
@@ -91,7 +97,7 @@ def layers_panel(ax, kind, by_layer, limits, colors):
         for name, step in rise_and_fall(curves).items():
             y = np.interp(step, steps, values)
             ax.plot(step, y, marker=MARKERS[name][0], color=colors[layer], ms=4, **MARKER_STYLE)
-    ax.set(xlabel=runs.AXES["step"], title=runs.LABELS.get(kind, kind), ylim=limits)
+    ax.set(xlabel=runs.AXES["step"], title=plain(runs.LABELS.get(kind, kind)), ylim=limits)
 
 
 def layers_legend(ax, curves, colors):
@@ -109,13 +115,14 @@ def figure(groups, names):
     """All panels for which there are data, at most three in a row, at the width of a page."""
     from matplotlib import colormaps  # here: matplotlib need not be there before
 
+    names = list(map(plain, names))
     axes = [axis for axis in runs.shared_axes(groups) if axis != "step"] or ["step"]
     panels = [partial(loss_panel, groups=groups, names=names, axis=axis) for axis in axes]
     levels, speedups = speedup(groups) if len(groups) == 2 else ([], {})
     if speedups:
         panels.append(partial(speedup_panel, names=names, levels=levels, speedups=speedups))
     panels += [partial(adaptation_panel, groups=groups, kind=kind) for kind in runs.WORDS
-               if any(runs.last_values(groups, f"val/context_{kind}query_acc"))]
+               if any(runs.last_values(groups, f"adapt/context_{kind}query_acc"))]
     if runs.domain_keys(groups):
         panels.append(partial(domains_panel, groups=groups, names=names))
     parts, curves = [("", panels)], [runs.layer_curves(group) for group in groups]

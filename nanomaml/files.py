@@ -1,6 +1,5 @@
 """Files: written whole or not at all, and JSON lines, in and out."""
 import json
-import math
 import os
 import sys
 from pathlib import Path
@@ -23,8 +22,9 @@ def replace(path, content):
 
 
 def finite(line):
-    """The dict `line` without numbers that are not finite: JSON has no NaN."""
-    return {key: value for key, value in line.items() if not isinstance(value, float) or math.isfinite(value)}
+    """The dict `line` without numbers that are not finite, as floats: JSON has no NaN."""
+    return {key: value for key, value in line.items()
+            if not isinstance(value, (int, float)) or abs(value) <= sys.float_info.max}
 
 
 def parse(text):

@@ -3,14 +3,13 @@
     device, dtype = machine.pick_device("auto", "auto")
     with machine.autocast(device, dtype): ...
 """
-import os
 import time
 from typing import Literal
 
 import torch
 
 from nanomaml.config import UserError, one_line, require
-from nanomaml.ranks import rank_and_world
+from nanomaml.ranks import local_rank, rank_and_world
 
 Dtype = Literal["auto", "bfloat16", "float32"]
 PEAK_FLOPS = {  # dense bfloat16 FLOP/s by data sheet
@@ -28,7 +27,7 @@ def pick_device(name, dtype):
             f"device = {name!r} with several ranks: give cuda (each rank takes a GPU) or cpu")
     require(name.startswith(("cuda", "mps", "cpu")), f"device must be auto, cuda, mps or cpu, got {name!r}")
     if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        name = f"cuda:{local_rank()}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -17,16 +17,29 @@ from filelock import FileLock, Timeout
 
 from nanomaml.config import UserError, one_line, require
 
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 TIMEOUT = timedelta(minutes=10)  # of a collective, for a rank that hangs or whose machine is gone
 
 
 def rank_and_world():
-    """(number of this process, number of processes), as torchrun tells them; (0, 1) without it."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """(number of this process, number of processes), as torchrun says them; (0, 1) without it.
+
+    RANK alone is a common variable elsewhere, and means nothing. UserError where they make no sense.
+    """
+    given = {name: os.environ[name] for name in LAUNCHER if name in os.environ}
+    if given.get("WORLD_SIZE", "1") == "1":
+        return 0, 1
+    numbers = [int(text) for text in map(given.get, ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+               if text and re.fullmatch(r"\d{1,9}", text)]
+    require(len(given) == len(LAUNCHER) and len(numbers) == 3 and max(numbers[0], numbers[2]) < numbers[1],
+            f"the environment has {', '.join(f'{name}={text!r}' for name, text in given.items())} and not "
+            f"all of what torchrun sets ({', '.join(LAUNCHER)}): use torchrun, or unset WORLD_SIZE")
+    return numbers[0], numbers[1]
 
 
-def is_first_on_node():
-    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+def local_rank():
+    """The number of this process on its node."""
+    return int(os.environ["LOCAL_RANK"]) if rank_and_world()[1] > 1 else 0
 
 
 def print0(text):
@@ -46,7 +59,12 @@ def connected(device):
     if world == 1:
         yield
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    except (RuntimeError, ValueError) as error:  # the port is taken, or the launcher is gone
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(f"rank {rank} finds no other rank at {where}: {one_line(error, 300)}", 1) from None
     try:
         yield
     except BaseException as error:

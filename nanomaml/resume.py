@@ -7,11 +7,13 @@ Knows `ModelConfig` of model.py.
 """
 import hashlib
 import json
+import math
 import os
 import sys
 import sysconfig
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from shlex import quote
 
 import torch
 import torch.distributed as dist
@@ -21,7 +23,7 @@ from nanomaml import bins, checkpoint, files, logs, ranks
 from nanomaml.config import one_line, require
 from nanomaml.tokenizer import read_spec
 
-VERSION = 2  # of what a checkpoint holds beside the model; a run of another one is evaluated, not resumed
+VERSION = 3  # of what a checkpoint holds beside the model; a run of another one is evaluated, not resumed
 # These may differ from the checkpoint's on a resume: they do not change what is computed, or (device,
 # dtype and compile) only how it rounds; init_from acts on a new run alone, max_steps on what is yet to come.
 MAY_CHANGE = {
@@ -30,6 +32,8 @@ MAY_CHANGE = {
     "wandb_project", "device", "dtype", "compile",
 }
 INTERVAL = ("steps", "seconds", "waited", "tokens", "flops")
+# What a run writes beside checkpoints: a folder that holds one of these must be a run's.
+WRITTEN = ("config.json", "tokenizer.json", "report.md", "report.png", "ner.jsonl", *logs.NAMES)
 
 
 @dataclass
@@ -143,7 +147,7 @@ def initial_weights(cfg):
             "which tokenizer it has; give the checkpoint in its run's folder")
     theirs, ours = read_spec(folder), read_spec(cfg.data)
     require(theirs == ours, f"init_from = {source} has the tokenizer {theirs['name']}, {cfg.data} has "
-                            f"another ({ours['name']}): prepare the data with --tokenizer={folder}")
+                            f"another ({ours['name']}): prepare them with --tokenizer={quote(str(folder))}")
     saved = asdict(checkpoint.load_config(ModelConfig, state))
     differences = [f"{key} = {value} there, {getattr(cfg, key)} here" for key, value in saved.items()
                    if value != getattr(cfg, key) and key != "context"]
@@ -178,34 +182,32 @@ def restore(cfg, digests, learner, optimizers):
 
     def refuse_if(is_so, what):
         require(not is_so, f"{cfg.out_dir} holds {what}. Another --out_dir starts anew, and with "
-                           f"--init_from={cfg.out_dir} from its weights")
+                           f"--init_from={quote(cfg.out_dir)} from its weights")
 
     refuse_if("imported_from" in state["config"], "an imported model and not a run")
     refuse_if(state.get("version") != VERSION, "a run of another version of this code")
-    saved_cfg = checkpoint.load_config(type(cfg), state)
+    saved_cfg, options = checkpoint.load_config(type(cfg), state), list(map(optimizer_options, optimizers))
     saved, now = asdict(saved_cfg), asdict(cfg)
     different = [f"{key} = {saved[key]!r} there, {now[key]!r} here" for key in now
                  if key not in MAY_CHANGE and saved[key] != now[key]]
     refuse_if(different, f"a run with another config ({'; '.join(different)})")
     refuse_if(cfg.max_steps < state["step"],
               f"a run that has done {state['step']} steps, max_steps = {cfg.max_steps}")
-    theirs = state.get("digests", {})
-    different = [what for what in sorted({*digests, *theirs}) if digests.get(what) != theirs.get(what)]
-    refuse_if(different, f"a run with other data than {cfg.data} ({', '.join(different)})")
-    refuse_if(state.get("optimizer_options") != list(map(optimizer_options, optimizers)),
-              "a run with other optimizers")
-    try:
+    try:  # it may come from anywhere, with anything in it
+        theirs = dict(state.get("digests", {}))
+        different = [what for what in sorted({*digests, *theirs}) if digests.get(what) != theirs.get(what)]
+        refuse_if(different, f"a run with other data than {cfg.data} ({', '.join(different)})")
+        refuse_if(state.get("optimizer_options") != options, "a run with other optimizers")
         weights = {f"decoder.{name}": p for name, p in state["model"].items()}
         learner.load_state_dict(weights | state["learner"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
             check_moments(optimizer)
+        refuse_if(options != list(map(optimizer_options, optimizers)), "a run with other optimizers")
         progress = Progress(**{f.name: state[f.name] for f in fields(Progress)})
-        for name, blank in vars(Progress()).items():
-            if type(getattr(progress, name)) is not type(blank):
-                raise TypeError(f"{name} is of type {type(getattr(progress, name)).__name__}")
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        refuse_if(True, f"a run with other parameters ({one_line(error)})")
+        check_progress(progress)
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        refuse_if(True, f"a run with other parameters or counters ({one_line(error)})")
     return progress, saved_cfg
 
 
@@ -213,8 +215,39 @@ def check_moments(optimizer):
     """ValueError where moments do not fit their parameters, or only some have them: PyTorch does not look."""
     moments = {"exp_avg", "exp_avg_sq", "momentum_buffer"}
     fits = [of_p[name].shape == p.shape for p, of_p in optimizer.state.items() for name in moments & {*of_p}]
+    fits += [float(of_p["step"]) >= 0 for of_p in optimizer.state.values() if "step" in of_p]
     if not all(fits) or len({frozenset(of_p) for of_p in optimizer.state.values()}) > 1:
         raise ValueError("an optimizer's moments do not fit its parameters")
+
+
+def check_progress(progress):
+    """TypeError or ValueError where a saved field is not what a run writes: lines go to the logs alone."""
+    for name, blank in vars(Progress()).items():
+        if type(getattr(progress, name)) is not type(blank):
+            raise TypeError(f"{name} is of type {type(getattr(progress, name)).__name__}")
+    counts = [progress.step, progress.tokens, progress.flops, progress.seconds, progress.stuck_logs,
+              *progress.interval.values(), *progress.micro_steps.values()]
+    pairs, names = [progress.skipped, *progress.sums.values()], {**progress.sums, **progress.micro_steps}
+    is_right = (all(type(n) in (int, float) and math.isfinite(n) and n >= 0 for n in counts)
+                and progress.interval.keys() == {*INTERVAL} and all(type(name) is str for name in names)
+                and all(pair.shape == (2,) and pair.is_floating_point() for pair in pairs)
+                and all(gram.dim() == 2 for gram in progress.gradient_grams.values())
+                and all(file in logs.NAMES and type(line["step"]) is int for file, line in progress.unlogged))
+    if not is_right:
+        raise ValueError("its counters or unwritten lines are not those of a run")
+
+
+def require_own_folder(out_dir, data):
+    """Refuses a folder that holds files of the names that a run writes, and is no run."""
+    folder = Path(out_dir)
+    require(folder.resolve() != Path(data).resolve(), f"out_dir = {out_dir} is the data's folder: change one")
+    try:
+        is_run = "out_dir" in (files.parse((folder / "config.json").read_bytes()) or {})
+    except OSError:
+        is_run = False
+    foreign = [name for name in WRITTEN if (folder / name).exists()]
+    require(not foreign or is_run or checkpoint.paths(folder), f"out_dir = {out_dir} holds "
+            f"{', '.join(foreign)} and is no run of train.py: name another folder, nothing is overwritten")
 
 
 def open_run(cfg, digests, learner, optimizers, device, lock):
@@ -225,7 +258,7 @@ def open_run(cfg, digests, learner, optimizers, device, lock):
     the run there is another one.
     """
     writer = ranks.only_writer(Path(cfg.out_dir, "lock"), f"out_dir = {cfg.out_dir}")
-    ranks.on_first(lambda: lock.enter_context(writer))
+    ranks.on_first(lambda: (require_own_folder(cfg.out_dir, cfg.data), lock.enter_context(writer)))
     restored, saved_cfg = restore(cfg, digests, learner, optimizers)
     progress = restored or Progress()
     rank, world = ranks.rank_and_world()

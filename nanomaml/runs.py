@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanomaml.config import require
+from nanomaml.config import one_line, require
 from nanomaml.files import parse, read_jsonl
 
 AXES = {"step": "updates", "tokens": "LM tokens", "flops": "FLOPs", "seconds": "seconds of training"}
@@ -35,10 +35,15 @@ def read_run(folder):
     log = read_jsonl(folder / "log.jsonl", "step")
     require(any("val/loss" in line for line in log),
             f"{folder} holds no run with a validation loss in log.jsonl")
+    probes = read_jsonl(folder / "probes.jsonl", "step")
+    for name, lines in (("log.jsonl", log), ("probes.jsonl", probes)):
+        wrong = [f"step {line['step']}: {key} = {value!r}" for line in lines for key, value in line.items()
+                 if type(value) not in (int, float)]
+        require(not wrong, f"{folder / name}: expected numbers, got {one_line(wrong[:1], 100)}")
     path = folder / "config.json"
     settings = path.exists() and parse(path.read_bytes()) or {}
     return {"path": folder, "seed": settings.get("seed"), "config": settings, "log": log,
-            "probes": read_jsonl(folder / "probes.jsonl", "step"),
+            "probes": probes,
             "ner": read_jsonl(folder / "ner.jsonl", "mode", "train", "test", "seed", "step", "f1")}
 
 
@@ -90,7 +95,7 @@ def shared_axes(groups):
 def domain_keys(groups):
     """The metrics val/<domain> that all runs have."""
     keys = [{key for line in run["log"] for key in line} for runs in groups for run in runs]
-    return sorted(key for key in set.intersection(*keys) if re.fullmatch("val/(?!loss$|.*query_).*", key))
+    return sorted(key for key in set.intersection(*keys) if key.startswith("val/") and key != "val/loss")
 
 
 def losses_at_equal(groups, axis):

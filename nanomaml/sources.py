@@ -39,8 +39,9 @@ def package(name):
 zstd = package("compression.zstd") or package("backports.zstd")  # the first from Python 3.14 on
 SUFFIX = re.compile(r"\.(?:(txt|md|jsonl?)(?:\.(?:gz|zst))?|parquet)$", re.IGNORECASE)
 READ = ".txt, .md, .json, .jsonl (each also .gz or .zst) and .parquet"
-# Files that the library datasets writes beside rows.
+# Files that lie beside rows and are none: of the library datasets, and the card of a clone from the hub.
 METADATA = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"}
+CARD = {"README.md", "config.json"}
 UNREADABLE = (OSError, EOFError, zlib.error, *([zstd.ZstdError] if zstd else []))  # no right to, or damaged
 MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
          codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # UTF-32's begins with UTF-16's
@@ -92,15 +93,22 @@ def find_files(source):
         return files, []
     path = Path(source)  # whose own methods raise an OSError for a name that is too long
     if os.path.isdir(source):
-        read, others = [], []
-        for file in sorted(file for file in path.rglob("*") if file.is_symlink() or not file.is_dir()):
+        read, others, found = [], [], []
+        for at, folders, names in os.walk(source, onerror=lambda error: others.append(Path(error.filename))):
+            found += [Path(at, name) for name in names]
+            found += [Path(at, name) for name in folders if os.path.islink(f"{at}/{name}")]
+        rows = re.compile(r"\.(jsonl?(\.gz|\.zst)?|parquet)$", re.IGNORECASE)
+        has_rows = any(rows.search(file.name) and file.name not in METADATA | CARD for file in found)
+        passed_over = METADATA | (CARD if has_rows else set())
+        for file in sorted(found):
             hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-            is_text = SUFFIX.search(file.name) and file.name not in METADATA
+            is_text = SUFFIX.search(file.name) and file.name not in passed_over
             (read if is_text and not hidden and file.is_file() else others).append(file)
         require(read, f"{source} holds no file to read: {READ}; links to folders are not followed")
         return read, others
     if os.path.exists(source):
-        require(SUFFIX.search(path.name), f"{path}: sources are {READ} files; convert or rename it")
+        require(SUFFIX.search(path.name) and path.is_file(),
+                f"{path}: sources are plain files, {READ}; convert or rename it")
         return [path], []
     name, colon, _ = source.partition(":")
     is_file_name = not colon and re.search(r"\.[A-Za-z]\w*$", name)  # such as a/b.csv
@@ -167,9 +175,9 @@ def read_text(lines):
             texts = ["".join(document), ""]
             if size > LONGEST and not line.endswith("\n"):  # nor does a word end here
                 texts = PIECES.findall(texts[0])
-            yield from (text.strip() for text in texts[:-1])
+            yield from filter(None, map(str.strip, texts[:-1]))
             document, size = texts[-1:], len(texts[-1])
-    yield "".join(document).strip()
+    yield from filter(None, ["".join(document).strip()])
 
 
 def read_lines(lines, path, key, n_ids):
@@ -194,6 +202,8 @@ def row_content(row, key, where, n_ids):
     if key not in row:
         raise UserError(f"{where}: no {key!r} field among {', '.join(map(str, row))}; --text_key= names it")
     value = row[key]
+    if value is None:
+        return ""
     if isinstance(value, str):
         return re.sub("[\ud800-\udfff]", "\ufffd", value)  # half a surrogate pair, which UTF-8 cannot write
     if not isinstance(value, list):

@@ -1,8 +1,10 @@
 """Statistics of finished runs: t-tests, the speedup to equal loss, means and tables in Markdown."""
 import math
+import re
 
 import numpy as np
 
+from nanomaml.config import one_line
 from nanomaml.runs import curve, in_pairs, shared_axes
 
 
@@ -10,6 +12,11 @@ def mean_std(values, form):
     """The mean, with ± standard deviation if there are several values, both in the number format `form`."""
     mean = format(np.mean(values), form)
     return mean + (f" ± {format(np.std(values, ddof=1), form)}" if len(values) > 1 else "")
+
+
+def escaped(name):
+    """A name that a user or a file gave, as text in Markdown, whatever characters it has."""
+    return re.sub(r"[\\`*<>|$\[\]]", r"\\\g<0>", one_line(name))
 
 
 def markdown(rows, right=True):

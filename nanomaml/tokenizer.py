@@ -10,6 +10,7 @@ from nanomaml import files
 from nanomaml.config import UserError, one_line, require
 
 SPECIAL = ("<|endoftext|>", "<|mask|>")
+PROBE = "Some words, 3 of them;\n\tnot\u00e9s.  "
 
 
 def encoding(name, pattern, ranks):
@@ -81,7 +82,9 @@ def read_spec(source):
         if spec["name"] == HuggingFaceTokenizer.name:
             spec["tokenizer"], spec["config"], spec["ids"]["eos_token_id"]
         elif spec["name"] != "gpt2":
-            encoding(spec["name"], spec["pattern"], token_ranks(spec))
+            known = spec["pattern"] and encoding(spec["name"], spec["pattern"], token_ranks(spec))
+            if not known or known.decode(known.encode_ordinary(PROBE)) != PROBE:
+                raise ValueError("its pattern loses text")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is not a tokenizer that prepare.py wrote ({type(error).__name__}: "
                         f"{one_line(error, 200)})") from None

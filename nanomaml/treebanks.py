@@ -6,7 +6,9 @@ Imports nothing of the top level, and no torch.
 """
 import difflib
 import http.client
+import itertools
 import re
+import sys
 import urllib.error
 import urllib.request
 from collections import defaultdict
@@ -33,27 +35,61 @@ TRAINABLE = ("da_ddt", "en_ewt", "hr_set", "nno_norne", "nob_norne", "pt_bosque"
              "sv_talbanken", "zh_gsd", "zh_gsdsimp")  # have train and dev splits; the others test only
 SPLITS = {"train": "train", "dev": "dev", "valid": "dev", "validation": "dev", "val": "dev", "testa": "dev",
           "test": "test", "testb": "test"}  # a split in a file's name: train, dev or test
+NO_WORD = r"\d+[-.]\d+"  # the id of a row that is no word of its own
+TAG = "O|[BI]-.+"
 
 
-def read_treebank(path, types=None, content=None):
+def counts_up(ids):
+    """Do these texts count up by one, but for ranges (1-2) and empty nodes (8.1) of CoNLL-U?"""
+    ids = [text for text in ids if not re.fullmatch(NO_WORD, text)]
+    return bool(ids) and all(re.fullmatch(r"\d{1,9}", text) and int(text) == int(ids[0]) + i
+                             for i, text in enumerate(ids) if ids[0].isdecimal() or i == 0)
+
+
+def find_ids(path, rows):
+    """Whether the first of the columns of rows, [] between sentences, holds ids: nearly all count up."""
+    sentences = [[columns[0] for columns in group if len(columns) > 2]
+                 for is_row, group in itertools.groupby(rows, bool) if is_row]
+    counted = list(map(counts_up, filter(None, sentences)))
+    share = sum(counted) / max(len(counted), 1)
+    if 0.1 < share < 0.9:
+        unclear = next(columns for columns in rows if len(columns) > 2)
+        raise UserError(f"{path}: is {unclear[0]!r} an id before the word {unclear[1]!r}, or a word? The "
+                        f"first column counts up in {sum(counted)} of {len(counted)} sentences")
+    return share > 0.5
+
+
+def as_tag(text):
+    return "O" if text.strip() in ("B-O", "I-O", "-") else text.strip()
+
+
+def read_treebank(path, types=None, content=None, encoding="utf-8"):
     """The sentences of a file: pairs (words, tags) of equally long lists, tags O, B-TYPE or I-TYPE.
 
-    Rows are id, word, tag and more, as in Universal NER, if the first has the id 1 and three columns or more;
-    otherwise, as in CoNLL's files, a word, perhaps more, and last its tag. Tabs separate them or, if the
-    first row has none, blanks. B-O and I-O, slips in published files, and the - of Norwegian ones read as O.
-    types: those that may occur; None: any. content: the file's bytes, where they are at hand. UserError for
-    a file without sentences and, with the line's number, for a malformed one or another type.
+    Rows are id, word, tag and more, as in Universal NER, if the first column counts up in the sentences and
+    there are three or more; the tag may be last instead. Otherwise, as in CoNLL's files, they are a word,
+    perhaps more, and last its tag. Tabs separate them or, if the first row has none, blanks. B-O and I-O,
+    slips in published files, and the - of Norwegian ones read as O. types: those that may occur; None: any.
+    content: the file's bytes, where they are at hand. UserError for a file without sentences and, with the
+    line's number, for a malformed one or another type.
     """
     try:
-        text = (Path(path).read_bytes() if content is None else content).decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        content = Path(path).read_bytes() if content is None else content
+        text = content.decode(encoding).removeprefix("\ufeff")
+    except OSError as error:
         raise UserError(f"cannot read {path}: {error}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {path}: byte {error.start:,} (0x{content[error.start]:02x}) is not "
+                        f"{encoding} text: name its encoding, such as --encoding=latin-1") from None
     # Not splitlines(): it also splits at characters that occur inside words. The "" ends the last sentence.
     lines = [line.rstrip("\r\t ") for line in [*text.split("\n"), ""]]
     first = next((line for line in lines if line and not line.startswith(("#", "-DOCSTART-"))), "")
     separator = "\t" if "\t" in first else " +"
     n_columns = len(re.split(separator, first))
-    has_ids = n_columns > 2 and re.match(f"1{separator}", first)
+    rows = [re.split(separator, line) if line and not line.startswith("-DOCSTART-") else []
+            for line in lines if not line.startswith("#")]
+    has_ids, tagged = find_ids(path, rows), [columns for columns in rows if len(columns) > 2]
+    is_third = sum(bool(re.fullmatch(TAG, as_tag(columns[2]))) for columns in tagged) > len(tagged) / 2
 
     sentences, words, tags = [], [], []
     for number, line in enumerate(lines, 1):
@@ -63,9 +99,11 @@ def read_treebank(path, types=None, content=None):
                 words, tags = [], []
             continue
         columns = re.split(separator, line)
-        word, tag = columns[1:3] if has_ids and len(columns) > 2 else (columns[0], columns[-1])
-        tag = "O" if tag.strip() in ("B-O", "I-O", "-") else tag.strip()
-        is_row = word and len(columns) > (2 if has_ids else 1) and re.fullmatch("O|[BI]-.+", tag)
+        if has_ids and re.fullmatch(NO_WORD, columns[0]):
+            continue
+        word = columns[1] if has_ids and len(columns) > 2 else columns[0]
+        tag = as_tag(columns[2] if has_ids and is_third and len(columns) > 2 else columns[-1])
+        is_row = word and len(columns) > (2 if has_ids else 1) and re.fullmatch(TAG, tag)
         # Where rows have no ids, # may also begin a word.
         if line.startswith("#") and (has_ids or not is_row or len(columns) != n_columns):
             continue
@@ -77,6 +115,10 @@ def read_treebank(path, types=None, content=None):
         words.append(word)
         tags.append(tag)
     require(sentences, f"{path} has no sentences")
+    words, tags = (set(itertools.chain.from_iterable(column)) for column in zip(*sentences))
+    for is_so, what in ((tags == {"O"}, "no entity"), (all(map(str.isdecimal, words)), "numbers as words")):
+        if is_so:
+            print(f"warning: {path} holds {what}", file=sys.stderr, flush=True)
     return sentences
 
 
@@ -104,7 +146,7 @@ def local_files(folder):
     return found
 
 
-def load(names, split, folder, types=None):
+def load(names, split, folder, types=None, encoding="utf-8"):
     """{name: sentences} of `names`, "all" or treebanks such as "da_ddt,en_ewt:dev", downloaded where missing.
 
     split: "train" or "test", for names without one of their own; types: as of `read_treebank`. Of all, a note
@@ -116,7 +158,8 @@ def load(names, split, folder, types=None):
     found, errors, offline = {}, {}, None
     for name in names:
         try:
-            found[name] = read_treebank(find_treebank(name, split, folder, offline), types)
+            path = find_treebank(name, split, folder, offline)
+            found[name] = read_treebank(path, types, encoding=encoding)
         except UserError as error:
             if not is_all:
                 raise

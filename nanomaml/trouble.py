@@ -1,6 +1,7 @@
 """What can go wrong with a run while it trains, and what then happens: it stops between two updates."""
 import math
 import signal
+from shlex import quote
 
 import torch
 
@@ -94,7 +95,7 @@ class Watch:
 
     def ways_out(self):
         newest = checkpoint.paths(self.cfg.out_dir)[-1:]
-        start = "".join(f", from the last good model with --init_from={path}" for path in newest)
+        start = "".join(f", from the last good model with --init_from={quote(str(path))}" for path in newest)
         return (f"Start again in another --out_dir{start}, with a lower lr (here {self.cfg.lr:g}) or "
                 f"inner_lr ({self.cfg.inner_lr:g})")
 

@@ -73,10 +73,10 @@ def update_best(best, line):
 
     Accuracies and F1 are better when higher, losses when lower; standard errors have no best.
     """
-    measured = [key for key in line if key.startswith("val/") and not key.endswith("_error")
+    measured = [key for key in line if key.startswith(("val/", "adapt/")) and not key.endswith("_error")
                 or key.endswith("dev_f1")]
     for key in measured:
-        better = max if key.endswith(("_acc", "_f1")) else min
+        better = max if key.endswith(("_acc", "_f1")) and not key.startswith("val/") else min
         best[f"best/{key}"] = better(line[key], best.get(f"best/{key}", line[key]))
     return bool(measured)
 

@@ -13,6 +13,7 @@ from test_model import sharp
 import adaptation
 import data
 import train
+from nanomaml import checkpoint
 from nanomaml.words import word_tables
 
 CFG = toy_config(eval_episodes=30)
@@ -108,9 +109,9 @@ def test_it_is_the_same_for_every_seed_and_leaves_no_trace(folder):
     assert all(torch.equal(a, b) and b.grad is None for a, b in zip(weights, decoder.parameters()))
     context = instrument(folder, read_out="context").measure(decoder, torch.float32)
     for prefix in ("", "new_"):
-        assert metrics[f"val/{prefix}query_acc"] == metrics[f"val/mask_{prefix}query_acc"]
-        assert context[f"val/{prefix}query_acc"] == metrics[f"val/context_{prefix}query_acc"]
-        assert metrics[f"val/{prefix}query_acc_unadapted"] == 0.25
+        assert metrics[f"adapt/{prefix}query_acc"] == metrics[f"adapt/mask_{prefix}query_acc"]
+        assert context[f"adapt/{prefix}query_acc"] == metrics[f"adapt/context_{prefix}query_acc"]
+        assert metrics[f"adapt/{prefix}query_acc_unadapted"] == 0.25
 
 
 @pytest.mark.parametrize("ids, reason", [
@@ -133,3 +134,11 @@ def test_the_script_measures_finished_runs(toy, tmp_path, capsys):
     adaptation.main([str(tmp_path)])
     line = json.loads(capsys.readouterr().out)
     assert line["step"] == 1 and {"final/mask_query_acc", "final/context_query_acc_error"} <= line.keys()
+    state = checkpoint.load(tmp_path)
+    state["config"] |= {"data": str(tmp_path / "short")}  # it printed NaN, or nothing
+    checkpoint.save(tmp_path, state, keep=1)
+    (tmp_path / "short").mkdir()
+    write_split(tmp_path / "short", data.load_tokenizer(toy), np.arange(256, 1256))
+    adaptation.main([str(tmp_path)])
+    line = json.loads(capsys.readouterr().out)
+    assert line.keys() == {"run", "step", "not_measured"} and "too few of its words" in line["not_measured"]

@@ -1,5 +1,7 @@
 """Whatever a user may type wrong, in every command: one line, exit code 2, nothing written, no time lost."""
 import errno
+import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +19,7 @@ import report
 import sample
 import train
 from model import Decoder, ModelConfig
-from nanomaml import checkpoint, config
+from nanomaml import checkpoint, config, ranks
 from nanomaml.config import UserError
 
 ROOT = Path(train.__file__).parent
@@ -29,6 +31,7 @@ FILES = {
     "imports": "import no_such_module",
     "defines": "def half(x):\n    return x / 2\n",
     "takes": "from math import sqrt",
+    "warm": "warm = 2\nwarmup_steps = warm * 10",
     "syntax": "lr = 1 /",
     "recursion": "def _f():\n    _f()\n_f()",
     "memory": "ways = [0] * 10**13",
@@ -80,6 +83,10 @@ TRAIN = [
     ("--data={toy} --out_dir={tmp}/notes.txt", "cannot write out_dir = {tmp}/notes.txt"),
     ("--data={toy} --out_dir={tmp}/link", "a link to {tmp}/nowhere"),
     ("--data={toy} --init_from={tmp}/none", "none"),
+    # folders of others: their files were overwritten
+    ("--data={toy} --out_dir={tmp}/hf", "{tmp}/hf holds config.json, tokenizer.json and is no run"),
+    ("--data={toy} --out_dir={tmp}/logs", "{tmp}/logs holds log.jsonl and is no run"),
+    ("--data={toy} --out_dir={toy}", "is the data's folder"),
     # how flags are written
     ("--max_stesp=3", "did you mean 'max_steps'?"),
     ("--warmup-steps=3", "did you mean 'warmup_steps'?"),
@@ -90,8 +97,8 @@ TRAIN = [
     ("--lr=1 --lr=2", "--lr is given twice"),
     ("lr=3", "neither a config file (*.py) nor a flag"),
     ("{tmp}/notes.txt", "neither a config file (*.py) nor a flag"),
-    ("{tmp}/none.py", "FileNotFoundError"),
-    ("{tmp}/folder.py", "config file {tmp}/folder.py"),
+    ("{tmp}/none.py", "config file {tmp}/none.py: there is no such file"),
+    ("{tmp}/folder.py", "config file {tmp}/folder.py: there is no such file"),  # its __main__.py was run
     ("{tmp}/latin1.py", "config file {tmp}/latin1.py"),
     # sizes that ended in tracebacks, or never
     ("--n_layers=100000000", "n_layers must be in 1 to 1000, got 100000000"),
@@ -111,6 +118,8 @@ TRAIN += [
     ("{tmp}/exits.py", "config file {tmp}/exits.py: SystemExit"),  # ended with exit code 0
     ("{tmp}/imports.py", "ModuleNotFoundError: No module named 'no_such_module'"),
     ("{tmp}/defines.py", "unknown key 'half'"),
+    ("{tmp}/warm.py", "a name of your own begins with _: _warm"),
+    ("{tmp}/run.py", "config file {tmp}/run.py: there is no such file"),
     ("{tmp}/takes.py", "unknown key 'sqrt'"),
     ("{tmp}/syntax.py", "SyntaxError"),
     ("{tmp}/recursion.py", "RecursionError"),
@@ -134,6 +143,7 @@ prepare | --out={tmp}/o --source=,, | source = ',,' names nothing
 prepare | --out={tmp}/o --source={tmp}/none.txt | no such file or folder
 prepare | --out={tmp}/o --source={tmp}/folder.py | holds no file to read
 prepare | --out={tmp}/o --source={tmp}/x.pdf | convert or rename it
+prepare | --out={tmp}/o --source={tmp}/pipe.txt | sources are plain files
 prepare | --out={tmp}/o --source={tmp}/notes.txt --val={tmp}/no.txt | no file {tmp}/no.txt
 prepare | --out={tmp}/o --source={tmp}/notes.txt --val={tmp}/notes.txt | is also trained on
 prepare | --val_share=0.9 | val_share must be in [0, 0.5]
@@ -151,6 +161,8 @@ eval_ner | {run} --shots=many | shots must be numbers of sentences
 eval_ner | {run} --lr=-1 | lr must be positive
 report |  | give one or two groups of runs
 report | {tmp}/none | {tmp}/none
+report | {tmp}/texts | {tmp}/texts/log.jsonl: expected numbers, got ["step 3: val/loss = 'low'"]
+report | {tmp}/run.py | {tmp}/run.py holds no run
 report | {run} {run} {run} | give one or two groups of runs
 report | {run} --out= | out must not be empty
 probes |  | name one run's folder
@@ -181,6 +193,14 @@ def folder(tmp_path_factory):
     (tmp / "notes.txt").write_text("Some words, and others.\n\n" * 50)
     (tmp / "x.pdf").write_bytes(b"%PDF")
     (tmp / "folder.py").mkdir()
+    (tmp / "run.py").mkdir()
+    (tmp / "run.py" / "__main__.py").write_text("raise SystemExit('it ran')")
+    os.mkfifo(tmp / "pipe.txt")
+    for name, file, text in (("hf", "config.json", '{"architectures": []}'), ("hf", "tokenizer.json", "{}"),
+                             ("logs", "log.jsonl", '{"event": 1}\n'),
+                             ("texts", "log.jsonl", '{"step": 3, "val/loss": "low"}\n')):
+        (tmp / name).mkdir(exist_ok=True)
+        (tmp / name / file).write_text(text)
     (tmp / "link").symlink_to(tmp / "nowhere")
     model = ModelConfig(d_model=24, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=TOY_VOCAB, context=32)
     state = {"step": 3, "tokens": 96, "model": Decoder(model).state_dict(), "config": vars(model)}
@@ -255,6 +275,40 @@ def test_a_failure_of_the_machine_is_no_mistake_of_the_user(monkeypatch, capsys,
         config.run(main)
     error = capsys.readouterr().err
     assert end.value.code == code and says in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("given, says", [
+    ({"RANK": "8"}, None), ({"RANK": ""}, None), ({"RANK": "0", "WORLD_SIZE": "1"}, None),  # alone
+    ({"WORLD_SIZE": "2"}, "WORLD_SIZE='2' and not all of what torchrun sets"),
+    *[(dict(zip(ranks.LAUNCHER, (rank, "2", "0", "x", "1"))), f"RANK='{rank}'") for rank in ("two", "", "2")],
+])
+def test_launcher_variables_are_believed_together_or_not_at_all(monkeypatch, given, says):
+    """RANK=8, left in a shell, ended a run at once, in silence and with 0."""
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    if says:
+        refuses(ranks.rank_and_world, says)
+    else:
+        assert ranks.rank_and_world() == (0, 1) and ranks.local_rank() == 0
+
+
+def test_no_text_can_end_a_script_or_rule_the_terminal(monkeypatch):
+    """A code page without the character ended it, and a name could move the cursor. Nor a closed output."""
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    config.run(lambda argv: print("a\x1b[2J\tb\r \u65e5 \xb1"))
+    assert sys.stdout is terminal and terminal.buffer.getvalue() == b"a\\x1b[2J\tb\\x0d ? ?\n"
+    monkeypatch.setattr(sys, "stdout", None)
+    config.run(lambda argv: print("nobody reads this"))
+    assert "\\x1b" in str(UserError("no \x1b[2J here")) and "\\x9b" in config.one_line("a\x9bb")
+    sys.stdout.close()
+
+
+def test_a_panic_of_a_rust_library_is_one_line(capsys):
+    panic = type("PanicException", (BaseException,), {})
+    with pytest.raises(SystemExit):
+        config.run(ends(panic("no match\nstack backtrace")))
+    assert capsys.readouterr().err == "error: the tokenizer failed on the text: no match stack backtrace\n"
 
 
 def test_a_bug_keeps_its_traceback():

@@ -119,10 +119,46 @@ def test_reads_every_form_of_the_published_files(tmp_path):
     "Anna B-PER\nin O\n#MeToo O O\n\n#MeToo B-EVENT\n# O\n",  # a comment: not as many columns
 ])
 def test_reads_the_forms_of_conll_files(tmp_path, text):
-    """The word is first and the tag last, unless ids come first: 1 in the first row."""
+    """The word is first and the tag last, unless ids come first."""
     path = tmp_path / "a.txt"
     path.write_text(text)
     assert read_treebank(path) == [(["Anna", "in"], ["B-PER", "O"]), (["#MeToo", "#"], ["B-EVENT", "O"])]
+
+
+ANNA = [(["Anna", "in", "Lier"], ["B-PER", "O", "B-LOC"]), (["Jos\u00e9", "7"], ["B-PER", "O"])]
+SPLIT = [("Anna", "B-PER"), ("in", "O"), ("Lier", "B-LOC")], [("Jos\u00e9", "B-PER"), ("7", "O")]
+
+
+@pytest.mark.parametrize("form, ids", [
+    ("{id}\t{word}\t{tag}", range(0, 9)),  # F1 was 100, on numbers
+    ("{id}\t{word}\t{tag}\tx", range(1, 9)), ("{id} {word} {tag}", range(0, 9)),
+    ("{id}\t{word}\tNNP\t{tag}", range(1, 9)), ("{id} {word} X {tag}", range(5, 14)),
+    ("1-2\t_\t_\n{id}\t{word}\t{tag}", None), ("8.1\t_\tO\n{id}\t{word}\t{tag}", None),
+])
+def test_ids_are_ids_where_they_count_up(tmp_path, form, ids):
+    path, blocks = tmp_path / "a.tsv", []
+    for sentence in SPLIT:
+        rows = [form.format(id=i, word=word, tag=tag) for i, (word, tag) in zip(ids or range(1, 9), sentence)]
+        blocks.append("\n".join(rows if ids else [rows[0], *(row.split("\n")[1] for row in rows[1:])]))
+    path.write_text("\n\n".join(blocks))
+    assert read_treebank(path) == ANNA
+    path.write_text("\n\n".join(blocks), encoding="latin-1")
+    refuses(lambda: read_treebank(path), "(0xe9) is not utf-8 text", "--encoding=latin-1")
+    assert read_treebank(path, encoding="latin-1") == ANNA
+
+
+def test_an_unclear_layout_is_refused_and_an_odd_one_warned_of(tmp_path, capsys):
+    path = tmp_path / "a.txt"
+    path.write_text("1 CD B-LOC\n2 CD O\n\nAnna NNP B-PER\nin IN O\n")
+    refuses(lambda: read_treebank(path), "'1' an id before the word 'CD', or a word? ", "in 1 of 2 sentences")
+    path.write_text("1990 CD O\n1991 CD O\n\n" + "Anna NNP B-PER\nin IN O\n\n" * 9)
+    assert read_treebank(path)[0] == (["1990", "1991"], ["O", "O"]) and not capsys.readouterr().err
+    path.write_text("3 B-LOC\n5 O\n")
+    read_treebank(path)
+    path.write_text("Anna O\n")
+    read_treebank(path)
+    said = capsys.readouterr().err
+    assert "holds numbers as words" in said and "holds no entity" in said
 
 
 @pytest.mark.parametrize(("first", "row", "lines"), [
@@ -418,7 +454,7 @@ def test_majority_gives_each_word_its_most_frequent_tag(tokenizer):
         "B-PER", "B-LOC", "B-PER", "B-PER", "O", "B-PER"]
 
 
-def test_what_is_read_is_printed_and_a_file_can_be_named(run, uner, capsys):
+def test_what_is_read_is_printed_and_a_file_can_be_named(run, uner, capsys, monkeypatch):
     """Trained on a split that is not train, every tenth of its sentences chooses the epoch."""
     for flags, says in (
         (["--train=one,two"], "train one,two: 400 sentences"), ([], "dev 40 sentences; test two; types PER"),
@@ -428,6 +464,8 @@ def test_what_is_read_is_printed_and_a_file_can_be_named(run, uner, capsys):
         evaluate(run, uner, *MAJORITY, *flags)
         assert says in capsys.readouterr().out
     eval_ner.main([str(run / "ckpt_000007.pt"), f"--data={uner}", *MAJORITY, "--test=two", "--lr=3e-3"])
+    monkeypatch.setattr(eval_ner, "rank_and_world", lambda: (1, 2))  # under torchrun each wrote every result
+    eval_ner.main([str(run), f"--data={uner}", *MAJORITY, "--test=two"])
     lines = (run / "ner.jsonl").read_text().splitlines()
     assert len(lines) == 6 and lines[-1] == lines[1]
 

@@ -2,6 +2,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import random
 from pathlib import Path
 
@@ -168,7 +169,7 @@ def test_an_export_comes_in_again_as_the_same_model_and_tokenizer(exported, tmp_
     assert "imported from\n`hf`" in card and "trained by" not in card
 
 
-def test_folders_that_hold_something_are_left_alone(tmp_path, trained):
+def test_folders_that_hold_something_are_left_alone(tmp_path, trained, monkeypatch):
     """A run and an export have a config.json and a tokenizer.json each, of different formats."""
     run = write_run(tmp_path / "run", trained, MODEL)
     before = {path: path.read_bytes() for path in run.iterdir()}
@@ -178,6 +179,12 @@ def test_folders_that_hold_something_are_left_alone(tmp_path, trained):
     refuses(lambda: export.main([f"--to={tmp_path / 'hf'}"]), "name one run", "got none")
     refuses(lambda: convert(tmp_path / "no", tmp_path / "hf"), "is no run")
     refuses(lambda: export.main([str(run), "--too=x"]), "did you mean 'to'?")
+    with monkeypatch.context() as patch:  # a file-size limit left a cut file, which blocked the same command
+        patch.setattr(export, "model_card", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            convert(run, tmp_path / "hf")
+        assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    (tmp_path / "hf").mkdir()
     convert(run / "ckpt_000007.pt", tmp_path / "hf")
     refuses(lambda: convert(run, tmp_path / "hf"), "holds files already")
 
@@ -456,8 +463,9 @@ def test_weights_that_are_pickled_come_in_and_code_among_them_does_not_run(pico,
     weights = st.load_file(pico / "model.safetensors")
     weights["pico_decoder.de_embedding_proj.weight"] = weights["pico_decoder.embedding_proj.weight"]
     (pico / "model.safetensors").unlink()
-    for content, *says in (({"a": Path("x")}, "cannot read", "pytorch_model.bin"), ([1], "cannot read"),
-                           ({"a": 1}, "a is not a tensor")):
+    for content, *says in (({"a": Path("x")}, "pytorch_model.bin is not loaded, since it holds code"),
+                           ([1], "cannot read"), ({"a": 1}, "a is not a tensor"),
+                           ({"a": torch.tensor(math.nan)}, "of finite")):
         torch.save(content, pico / "pytorch_model.bin")
         refuses(lambda: convert(pico, tmp_path / "run"), *says)
     torch.save(weights, pico / "pytorch_model.bin")

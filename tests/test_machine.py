@@ -14,10 +14,23 @@ from nanomaml import machine, ranks
 def test_a_device_that_is_not_there_or_cannot_be_shared_is_refused(monkeypatch):
     refuses(lambda: machine.pick_device("cuda:77", "auto"), "device cuda:77 is not available here")
     refuses(lambda: machine.pick_device("meta", "auto"), "device must be auto, cuda, mps or cpu, got 'meta'")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in zip(ranks.LAUNCHER, ("0", "2", "0", "127.0.0.1", "1")):
+        monkeypatch.setenv(name, value)
     refuses(lambda: machine.pick_device("cuda:1", "auto"), "'cuda:1' with several ranks: give cuda", "or cpu")
     assert machine.pick_device("cpu", "float32") == (torch.device("cpu"), torch.float32)
     assert machine.describe(torch.device("cpu"), torch.float32).startswith("cpu, float32, 2 ranks of ")
+
+
+def test_a_launcher_that_is_gone_or_a_port_that_is_taken_is_one_line(monkeypatch):
+    for name, value in zip(ranks.LAUNCHER, ("1", "2", "1", "127.0.0.1", "29500")):
+        monkeypatch.setenv(name, value)
+
+    def init_process_group(*args, **options):
+        raise torch.distributed.DistNetworkError("address\nalready in use")
+
+    monkeypatch.setattr(ranks.dist, "init_process_group", init_process_group)
+    refuses(lambda: ranks.connected(torch.device("cpu")).__enter__(),
+            "rank 1 finds no other rank at 127.0.0.1:29500: address already in use")
 
 
 def test_bfloat16_is_chosen_where_the_processor_has_it(monkeypatch):

@@ -175,6 +175,20 @@ def test_adapt_is_plain_sgd():
     assert torch.allclose(fast, torch.tensor([1.2, 0.5])), "a rate for each number"
 
 
+@pytest.mark.parametrize("first_order", [True, False])
+@pytest.mark.parametrize("start", ["zero", "random"])
+def test_adapt_adapts_wherever_it_is_called(first_order, start):
+    """Second order under no_grad failed for a head with parameters of its own."""
+    torch.manual_seed(1)
+    decoder, head = Decoder(CFG), Head(CFG.d_model, 2, 8, start, 3)
+    learner = Learner(decoder=decoder, head=head, inner_steps=3, first_order=first_order)
+    x, query = torch.randn(2, 6, CFG.d_model), torch.randn(2, 3, CFG.d_model)
+    with torch.no_grad():
+        without = learner.adapt_heads(x, query, 3)
+    for a, b in zip(without, learner.adapt_heads(x, query, 3)):
+        assert torch.equal(a, b) and not a.requires_grad
+
+
 def test_a_learned_inner_rate_has_a_gradient_or_says_that_it_has_none():
     """In first order the inner loop's graph is cut: a learned rate stayed as it was, without a word."""
     x, rate = torch.tensor([1.0, -2.0]), torch.tensor(0.1, requires_grad=True)

@@ -36,7 +36,7 @@ def write_run(folder, speed=1.0, layers=2, domains="", episodes=False, ner=None,
         loss = 8 * (1 + speed * step / 10) ** -0.3
         log.append({**axes, "val/loss": loss, **{f"val/{name}": loss + i for i, name in enumerate(domains)}})
         if episodes:
-            log[-1] |= {f"val/{x}query_acc": step / 1000 for x in ("", "mask_", "context_", "context_new_")}
+            log[-1] |= {f"adapt/{x}query_acc": step / 1000 for x in ("", "mask_", "context_", "context_new_")}
             log[-1] |= {"final/mask_query_acc": 0.3, "final/context_query_acc": 0.4}
         probes.append({**axes})
         for layer in range(layers):
@@ -113,6 +113,17 @@ def test_a_loss_that_rises_at_first_a_run_without_lm_tokens_and_no_common_loss(t
         line["val/loss"] /= 100
     assert "no loss that all runs reach" in tables(groups) and "at loss" not in tables(groups)
     assert not any("speedup" in ax.get_title() for ax in panels(groups))
+
+
+def test_no_report_is_lost_to_a_name(tmp_path):
+    """$ began a formula, | another column, and a line break a line."""
+    name = "a$_{|<b>\n$c"
+    groups = runs.read_groups([[write_run(tmp_path / "x", domains=[name, "d"], ner=0.5)]])
+    groups[0][0]["probes"] = [line | {f"{name}/00": 1.0} for line in groups[0][0]["probes"]]
+    text = report.tables(groups, [name])
+    assert f"validation loss, {stats.escaped(name)}" in text and f"## Phases of {stats.escaped(name)}" in text
+    assert stats.escaped(name) == r"a\$_{\|\<b\> \$c" and name not in text
+    drawing.figure(groups, [name]).savefig(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 2), (3, 3), (3, 7), (20, 5)])
@@ -297,7 +308,7 @@ def test_the_command_writes_markdown_and_a_figure(tmp_path):
     assert runs.group_names([["x/run-1", "x/run-2"], ["y/a/1", "y/a/2"]]) == ["run", "a"]
     text = report.write([[write_run(tmp_path / "a")]], tmp_path / "a" / "report")
     assert text.startswith("# a\n") and "## Phases of a" in text and "Speedup" not in text
-    assert (tmp_path / "a" / "report.md").read_text() == text + "\n![a](report.png)\n"
+    assert (tmp_path / "a" / "report.md").read_text() == text + "\n![a](<report.png>)\n"
     a, b = [write_run(tmp_path / f"lr=1-{i}", speed=1.5) for i in (1, 2)], write_run(tmp_path / "b")
     code = "import sys, report; report.main(sys.argv[1:]); assert 'torch' not in sys.modules"
     command = [sys.executable, "-c", code, ",".join(a), b, f"--out={tmp_path}/new/x"]

@@ -10,7 +10,7 @@ from conftest import TOY_VOCAB, random_run, refuses
 
 import sample
 from model import Decoder, ModelConfig
-from nanomaml import checkpoint
+from nanomaml import checkpoint, config
 from nanomaml.tokenizer import load_tokenizer
 
 MODEL = ModelConfig(d_model=24, n_layers=2, n_heads=2, n_kv_heads=1, vocab_size=TOY_VOCAB + 6, context=32)
@@ -82,7 +82,8 @@ def test_characters_that_the_terminal_lacks_are_replaced(run, monkeypatch):
     """Those of a prompt, or of the model: they ended the command with UnicodeEncodeError."""
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
     monkeypatch.setattr(sys, "stdout", terminal)
-    sample.main([run, "--device=cpu", "--prompt=é日", "--tokens=1"])
+    monkeypatch.setattr(sys, "argv", ["sample.py", run, "--device=cpu", "--prompt=é日", "--tokens=1"])
+    config.run(sample.main)
     terminal.flush()
     assert terminal.buffer.getvalue().startswith(b"\xe9?")
 

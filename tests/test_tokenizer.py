@@ -1,4 +1,6 @@
 """nanomaml/tokenizer.py: what a folder's tokenizer is, and what is refused in one line."""
+import json
+
 import pytest
 from conftest import TOY_VOCAB, refuses
 
@@ -20,6 +22,14 @@ def test_bins_from_elsewhere_are_taken_for_gpt2s_but_nanogpts_characters_are_not
     assert tokenizer.read_spec("gpt2") == tokenizer.read_spec(tmp_path) == {"name": "gpt2"}
     (tmp_path / "meta.pkl").write_bytes(b"")
     refuses(lambda: load_tokenizer(tmp_path), "meta.pkl", "prepare.py")
+
+
+@pytest.mark.parametrize("pattern", ["", "(a+)+$", "(a|a)*b", "(", "[a-z]+"])
+def test_a_pattern_that_is_empty_backtracks_or_loses_text_is_refused(toy, tmp_path, pattern):
+    """An empty one ended the first text in a panic, others lost the text in silence."""
+    spec = tokenizer.read_spec(toy) | {"pattern": pattern}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    refuses(lambda: load_tokenizer(tmp_path), "is not a tokenizer that prepare.py wrote")
 
 
 @pytest.mark.parametrize("content", [b'{"version": "1.0", "model": {}}', b"{", b"[]", b"\xff"])

@@ -16,10 +16,11 @@ from conftest import ROOT, TOY, TOY_VOCAB, log, refuses, results, rewrite, run, 
 
 import data
 import probes
+import report
 import train
 from adaptation import AdaptationTest
 from meta import Head, Learner
-from nanomaml import checkpoint, config, files, resume
+from nanomaml import checkpoint, config, files, resume, wandb_logs
 from schedule import Schedule, block_kinds
 
 WEIGHTS = ("model", "learner", "optimizers")
@@ -84,7 +85,7 @@ def test_measuring_the_checkpoints_gives_what_was_measured_live(toy, whole, tmp_
             assert {key: x.get(key, y["flops"]) for key in y} == pytest.approx(y, rel=1e-5)
     test = AdaptationTest(toy_config(), data.open_corpus(toy)[1], data.load_tokenizer(toy))
     measured = test.measure(checkpoint.load_model(whole), torch.float32, is_last=True)
-    assert {"val/query_loss", "val/new_query_acc", "final/mask_query_acc"} <= measured.keys()
+    assert {"adapt/query_loss", "adapt/new_query_acc", "final/mask_query_acc"} <= measured.keys()
     logged = {key: x for key, x in log(whole)[-1].items() if "query" in key}
     assert logged == pytest.approx(measured, abs=1e-6)
 
@@ -93,7 +94,7 @@ def test_vanilla_runs_measure_adaptation_too_and_it_changes_nothing_else(toy, tm
     flags = ["--meta_share=0", "--max_steps=2", "--eval_every=1", "--probe_every=0"]
     state, lines = run(toy, tmp_path / "a", *flags)
     measured = [line for line in lines if "val/loss" in line]
-    assert len(measured) == 3 and all("val/query_acc" in line for line in measured)
+    assert len(measured) == 3 and all("adapt/query_acc" in line for line in measured)
     assert ["final/mask_query_acc" in line for line in measured] == [False, False, True]
     bare, others = run(toy, tmp_path / "b", *flags, "--eval_episodes=0")
     assert same(state["model"], bare["model"]) and not any("query" in key for key in set().union(*others))
@@ -115,6 +116,34 @@ def test_validation_loss_is_the_mean_over_domains(toy, tmp_path):
         losses[f"val/{name}"] = torch.nn.functional.cross_entropy(logits, batch.targets.flatten()).item()
     losses["val/loss"] = sum(losses.values()) / 2
     assert {key: x for key, x in line.items() if key in losses} == pytest.approx(losses, rel=1e-5)
+
+
+def test_no_name_of_a_domain_meets_that_of_a_metric(toy, tmp_path, capsys):
+    """query_logs was hidden, query_acc overwritten by an accuracy; of news_acc the best was the worst."""
+    for path in toy.iterdir():
+        if not path.name.startswith("val"):
+            (tmp_path / path.name).symlink_to(path)
+    names = ["docs", "news_acc", "query_acc", "query_logs"]
+    for name in names:
+        write_bin(tmp_path / f"val_{name}_000000.bin", np.arange(256, 3000))
+    _, [line] = run(tmp_path, tmp_path / "one", "--max_steps=0")
+    assert {key for key in line if key.startswith("val/")} == {"val/loss", *(f"val/{name}" for name in names)}
+    assert all(line[f"val/{name}"] == pytest.approx(line["val/loss"]) for name in names)
+    shown, best = capsys.readouterr().out, {}
+    text = report.write([[str(tmp_path / "one")]], tmp_path / "report")
+    for name in names:
+        assert f"val/{name} {line['val/loss']:.4f}" in shown and f"validation loss, {name}" in text
+    wandb_logs.update_best(best, {"val/news_acc": 2.0, "adapt/query_acc": 0.5})
+    wandb_logs.update_best(best, {"val/news_acc": 3.0, "adapt/query_acc": 0.25})
+    assert best == {"best/val/news_acc": 2.0, "best/adapt/query_acc": 0.5}
+    write_bin(tmp_path / "val_loss_000000.bin", np.arange(256, 3000))
+    refuses(lambda: data.open_corpus(tmp_path), "the domain loss would be logged as val/loss")
+
+
+def test_compile_without_a_compiler_is_one_line(toy, tmp_path, monkeypatch):
+    """It was a traceback of 131 lines."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    refuses(lambda: run(toy, tmp_path / "a", "--compile"), "there is no no-such-compiler", "--compile=False")
 
 
 def test_waiting_for_data_is_part_of_the_time_of_training(toy, tmp_path, monkeypatch):
@@ -245,21 +274,37 @@ def test_data_may_move_but_not_change(restore, toy, tmp_path, whole):
     refuses(lambda: restore(whole, folder=moved), "(tokenizer)")
 
 
+OTHER = "a run with other parameters or counters ("
+
+
 @pytest.mark.parametrize("change, says", [
     (lambda state: state.pop("version"), "a run of another version of this code"),
     (lambda state: state.pop("digests"), "other data than"),
     (lambda state: state.pop("optimizer_options"), "other optimizers"),
     (lambda state: state["config"].update(imported_from="x"), "an imported model and not a run"),
     (lambda state: state.update(step=5, config=state["config"] | {"d_model": "wide"}), "settings of no run"),
-    (lambda state: state["model"].update({"lm_head.weight": torch.ones(3)}), "other parameters"),
-    (lambda state: state["model"].pop("lm_head.weight"), "other parameters"),
-    (lambda state: state["optimizers"][0]["state"][0].update(exp_avg=torch.ones(3)), "other parameters"),
-    (lambda state: state["optimizers"][0]["state"][0].pop("exp_avg"), "other parameters"),
-    (lambda state: state["optimizers"].clear(), "other parameters"),
-    (lambda state: state["optimizers"][0].pop("param_groups"), "other parameters"),
-    (lambda state: state.update(optimizers=5), "other parameters"),
-    (lambda state: state.update(learner=[]), "other parameters"),
-    (lambda state: state.update(flops=None), "other parameters"),
+    (lambda state: state["model"].update({"lm_head.weight": torch.ones(3)}), OTHER),
+    (lambda state: state["model"].pop("lm_head.weight"), OTHER),
+    (lambda state: state["optimizers"][0]["state"][0].update(exp_avg=torch.ones(3)), OTHER),
+    (lambda state: state["optimizers"][0]["state"][0].pop("exp_avg"), OTHER),
+    (lambda state: state["optimizers"].clear(), OTHER),
+    (lambda state: state["optimizers"][0].pop("param_groups"), OTHER),
+    (lambda state: state.update(optimizers=5), OTHER),
+    (lambda state: state.update(learner=[]), OTHER),
+    (lambda state: state.update(flops=None), OTHER),
+    *[(lambda state, fields=fields: state.update(fields), says) for fields, says in (
+        ({"unlogged": [["../../.bashrc", {"step": 1}]]}, OTHER),  # chosen text went to any file, and ran
+        ({"unlogged": [["log.jsonl", "text"]]}, OTHER), ({"unlogged": [5]}, OTHER), ({"unlogged": {}}, OTHER),
+        ({"interval": {}}, OTHER), ({"interval": {"steps": "many"}}, OTHER), ({"micro_steps": {3: 1}}, OTHER),
+        ({"micro_steps": {"lm": "x"}}, OTHER), ({"sums": {"a": 3.0}}, OTHER),
+        ({"sums": {"a": torch.ones(3)}}, OTHER),
+        ({"skipped": torch.ones(3)}, OTHER), ({"seconds": math.inf}, OTHER), ({"tokens": -1}, OTHER),
+        ({"gradient_grams": {"a": torch.ones(2)}}, OTHER), ({"gradient_grams": {"a": None}}, OTHER),
+        ({"digests": 5}, OTHER), ({"digests": {"tokenizer": []}}, "other data than"),
+        ({"optimizer_options": {}}, "other optimizers"), ({"learner": 3}, OTHER), ({"run_id": 7}, OTHER),
+        ({"optimizers": [{"state": 1, "param_groups": 2}]}, OTHER))],
+    (lambda state: state["optimizers"][0]["param_groups"][0].update(betas="xy"), "other optimizers"),
+    (lambda state: state["optimizers"][0]["state"][0].update(step="x"), OTHER),
 ])
 def test_a_checkpoint_that_this_command_does_not_continue_is_refused_in_one_line(restore, half, change, says):
     rewrite(half / "ckpt_000005.pt", change)
@@ -312,7 +357,7 @@ def test_a_forks_parameters_are_saved_and_its_metrics_logged(toy, tmp_path, monk
     assert {"scale", "calls", "average"} <= again["learner"].keys() and (again["learner"]["scale"] != 1).all()
     assert all(same(again[key], straight[key]) for key in WEIGHTS) and more == lines
     assert not any("scale" in name for name in again["model"]), "transformers loads it"
-    refuses(lambda: restore(tmp_path, meta_share=0.0), "other parameters", "scale")
+    refuses(lambda: restore(tmp_path, meta_share=0.0), OTHER, "scale")
 
 
 def test_a_forks_copy_of_the_weights_is_that_of_the_loaded_ones(toy, tmp_path, whole, monkeypatch):
