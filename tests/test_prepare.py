@@ -184,7 +184,8 @@ def test_a_text_that_is_null_a_card_beside_rows_and_few_tokens(tmp_path, capsys)
     (tmp_path / "in" / "config.json").write_text('{"a": 1}')
     encoding, train, _ = prepared(tmp_path, source=f"{tmp_path}/in")
     said = capsys.readouterr().err
-    assert "documents without text, passed over: 34" in said and "in: 2 skipped: README.md, config.json" in said
+    assert "documents without text, passed over: 34" in said
+    assert "in: 2 skipped: README.md, config.json" in said
     assert "card" not in encoding.decode(tokens_of(train))
     refuses(lambda: prepared(tmp_path, source=f"{tmp_path}/in", out=f"{tmp_path}/few", max_tokens=10),
             "one document in 50 is held out, and max_tokens = 10 is reached before")
