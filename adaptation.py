@@ -10,7 +10,9 @@ language model predicts the word. Metrics; `new_` marks words that are never cla
 
     adapt/query_acc, adapt/query_loss, adapt/new_query_acc, ...      at the run's read_out; also ..._unadapted
     adapt/mask_query_acc, adapt/context_query_acc, ...               at either
+    adapt/ways, adapt/new_ways                                       N, fewer than eval_ways on short text
     final/mask_query_acc, final/mask_query_acc_error, ...            at the end, on up to 4 times the words
+    final/ways, final/words, ...                                    N and the number of words; chance is 1 / N
 
 Shapes: E episodes, N ways, K shots, Q queries, M = K + Q windows of a word, T positions, D model width.
 """
@@ -105,7 +107,8 @@ class AdaptationTest:
     def measure(self, decoder, dtype, is_last=False):
         """{metric: float}; leaves no trace in the model or random numbers. is_last: the final ones too."""
         metrics = {}
-        for (prefix, read_out, name), (_, correct, loss) in self.episodes(decoder, dtype).items():
+        for (prefix, read_out, name), (words, correct, loss) in self.episodes(decoder, dtype).items():
+            metrics[f"adapt/{prefix}ways"] = words.shape[1]
             means = {"acc": correct.float().mean().item(), "loss": loss.mean().item()}
             suffix = "" if name == "adapted" else "_unadapted"
             for key, mean in means.items():
@@ -125,12 +128,13 @@ class AdaptationTest:
                 right = correct.flatten().double().cpu()
                 accuracies = torch.bincount(at, right) / torch.bincount(at)  # of each word
                 metrics |= {f"{key}_acc": correct.float().mean().item(), f"{key}_loss": loss.mean().item(),
-                            f"{key}_acc_error": accuracies.std().item() / math.sqrt(len(accuracies))}
+                            f"{key}_acc_error": accuracies.std().item() / math.sqrt(len(accuracies)),
+                            f"final/{prefix}ways": words.shape[1], f"final/{prefix}words": len(accuracies)}
         return metrics
 
 
 def main(argv):
-    folders, flags = config.operands(argv)
+    folders, flags = config.operands(config.Settings, argv)
     config.load(config.Settings, flags, __doc__)
     require(folders, "name the folders of runs, for instance out/demo; got none")
     for folder in folders:

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from nanomaml import checkpoint, config, files, treebanks
 from nanomaml import tokenizer as tokenizer_files
 from nanomaml.config import Count, Positive, TextEncoding, require
+from nanomaml.console import clock
 from nanomaml.machine import Dtype, autocast, pick_device
 from nanomaml.ranks import rank_and_world
 from nanomaml.stats import markdown, mean_std
@@ -322,9 +323,9 @@ def fine_tune(decoder, train, dev, cfg, seed, dtype, log):
 
         predicted, dev_loss = predict(decoder, head, dev, cfg, dtype)
         dev_f1 = dev.score(predicted)["f1"]
-        print(f"{len(train.sentences):,} sentences, seed {seed} | epoch {epoch:>2}/{cfg.epochs} | "
-              f"loss {loss:.4f} | dev loss {dev_loss:.4f} F1 {dev_f1:.4f} | {seconds:.1f} s, "
-              f"{len(train.tags) / seconds:,.0f} words/s", flush=True)
+        print(f"{len(train.sentences):,} sentences, seed {seed}/{cfg.seeds} | epoch {epoch:>2}/{cfg.epochs} "
+              f"| loss {loss:.4f} | dev loss {dev_loss:.4f} F1 {100 * dev_f1:.1f} | at most "
+              f"{clock(seconds * (cfg.epochs - epoch))} left of this seed", flush=True)
         metrics = {"loss": loss, "dev_loss": dev_loss, "dev_f1": dev_f1}
         log({"step": step} | {f"ner/seed{seed}/{name}": value for name, value in metrics.items()})
         if (dev_f1, -dev_loss) > best_score:
@@ -367,7 +368,7 @@ def load_tokenizer(folder, vocab_size):
 
 
 def main(argv):
-    source, flags = config.one_operand(argv)
+    source, flags = config.one_operand(Config, argv)
     cfg, path = config.load(Config, flags, __doc__), Path(source)
     if rank_and_world()[0] > 0:  # one process scores, also where torchrun starts several
         return

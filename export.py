@@ -311,7 +311,7 @@ def write_import(source, folder):
 
 
 def main(argv):
-    source, flags = config.one_operand(argv, "one run, checkpoint or Hugging Face folder")
+    source, flags = config.one_operand(Config, argv, "one run, checkpoint or Hugging Face folder")
     cfg, source = config.load(Config, flags, __doc__), Path(source)
     require(cfg.to, "name the folder to write, --to=FOLDER")
     is_run, folder = source.is_file() or bool(checkpoint.paths(source)), Path(os.path.abspath(cfg.to))

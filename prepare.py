@@ -31,6 +31,7 @@ from data import EMBEDDED
 from nanomaml import config, files, ranks, sources
 from nanomaml.bins import MAX_IDS, ShardWriter
 from nanomaml.config import Natural, TextEncoding, UserError, one_line, require
+from nanomaml.console import clock
 from nanomaml.tokenizer import SPECIAL, encoding, load_tokenizer, save_tokenizer
 
 # Pre-tokenizer of the tokenizers trained here: a word takes its leading space along, digits go in threes. The
@@ -224,7 +225,7 @@ class Progress:
         now = time.perf_counter(), tokens, share
         self.start = self.start or now
         seconds, new, advance = np.subtract(now, self.start)
-        left = f", {seconds * (1 - share) / advance / 60:,.1f} min left" if advance > 0 else ""
+        left = f", {clock(seconds * (1 - share) / advance)} left" if advance > 0 else ""
         self.line(f"{tokens / 1e6:,.1f} M tokens, {new / max(seconds, 1e-9) / 1e6:.2f} M tokens/s{left}")
 
     def line(self, text):

@@ -187,7 +187,7 @@ class Live:
 
 
 def main(argv):
-    given, flags = config.one_operand(argv, "one run's folder, for instance out/demo")
+    given, flags = config.one_operand(Config, argv, "one run's folder, for instance out/demo")
     folder = config.load(Config, flags, __doc__).data
     paths = checkpoint.paths(given)
     require(paths, f"no checkpoint in {given}: a run writes ckpt_*.pt there")

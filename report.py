@@ -1,42 +1,56 @@
-"""Compares finished runs, for instance hybrid with vanilla ones: tables in Markdown and a figure.
+"""Compares runs, for instance hybrid with vanilla ones: tables in Markdown and CSV, and a figure.
 
     python report.py out/demo                         # one run: its curves and their phases
-    python report.py out/hybrid out/vanilla           # two groups of one run each; the second is the baseline
+    python report.py out/hybrid out/vanilla           # two groups of one run each; vanilla is the baseline
     python report.py out/hybrid-1,out/hybrid-2 out/vanilla-1,out/vanilla-2 --out=out/seeds  # two runs a group
+    python report.py out/sweep --sort=loss            # all below; runs that differ in the seed are a group
 
-Writes OUT.md and OUT.png from each run's log.jsonl and, if present, config.json, probes.jsonl, ner.jsonl.
-Groups with runs of the same seeds are compared pair by pair: such runs start from the same weights and read
-the same text. A metric of probes.jsonl named <what>/<layer> or <what>/<layer>/<head> is a curve: it gets a
-panel in the figure and rows in the table of phases. For another evaluation, add a function to SECTIONS: from
-(groups, their names) to paragraphs of Markdown, [] if the runs have nothing for it.
+Writes OUT.md, OUT.png and, of several runs, OUT.csv from each run's log.jsonl and, if present, config.json,
+run.json, probes.jsonl, ner.jsonl. Groups with runs of the same seeds are compared pair by pair: such runs
+start from the same weights and read the same text. What makes a comparison wrong or doubtful is said first,
+and marked wherever it counts (nanomaml/compare.py). A metric of probes.jsonl named <what>/<layer> or
+<what>/<layer>/<head> is a curve: it gets a panel in the figure and rows in the table of phases. For another
+evaluation, add a function to SECTIONS: from (groups, their names) to paragraphs of Markdown, [] if the runs
+have nothing for it.
 """
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from nanomaml import config, drawing, files, phases, runs
+from nanomaml import compare, config, drawing, files, phases, runs
 from nanomaml.stats import difference, escaped, markdown, mean_std, speedup
+from nanomaml.treebanks import TRAINABLE
 
 
 @dataclass(frozen=True)
 class Config(config.Settings):
-    out: str = "report"  # path of the report without its ending; OUT.md and OUT.png are written
+    out: str = ""  # path without ending; empty: report, or comparison, in the first run's folder
+    sort: str = ""  # column by which the table of runs is sorted, such as loss; empty: as given
 
 
-def compared(label, values, form, paired=False, test=True):
-    """[a row]: the mean of each group and, of two groups, the difference and its p-value.
+def compared(groups, label, values, form, test=True, comparable=True, whole=True):
+    """[a row]: the mean of each group and what it differs by from the last, with the p-value of that.
 
-    values: [[a number of each run] for each group]. [] if a group has none. test=False omits the p-value.
+    values: [[a number of each run] for each group]. [] if a group has none, or all where not `whole`.
+    test=False omits p-values, comparable=False differences too.
     """
-    if not all(values):
+    if not (all if whole else any)(values):
         return []
-    row = [label, *(mean_std(of_group, form) for of_group in values)]
-    if len(values) == 2:
-        delta, _, p = difference(*values, paired)
-        row += [format(delta, "+" + form), f"{p:.2g}" if test and not math.isnan(p) else ""]
-    return [row]
+    cells, notes = [mean_std(of_group, form) if of_group else "" for of_group in values], []
+    for group, of_group in zip(groups[:-1], values):
+        delta, p = "", math.nan
+        if comparable and of_group and values[-1]:
+            paired = len(of_group) == len(group) and runs.in_pairs([group, groups[-1]])
+            delta, _, p = difference(of_group, values[-1], paired and len(values[-1]) == len(group))
+            delta = format(delta, "+" + form)
+        notes.append([delta, f"{p:.2g}" if test and not math.isnan(p) else ""])
+    if len(groups) == 2:
+        return [[label, *cells, *notes[0]]]
+    beside = [f" ({delta}{', p ' * bool(p)}{p})" * bool(delta) for delta, p in notes]
+    return [[label, *map(str.__add__, cells, [*beside, ""])]]
 
 
 def comparison(names, rows):
@@ -46,63 +60,82 @@ def comparison(names, rows):
 
 def adaptation_rows(groups, what, label):
     """Query accuracy or loss at the end; no row where a run lacks it or was measured by other episodes."""
-    rows = []
-    instruments = {str([run["config"].get(key) for key in runs.INSTRUMENT]) for run in sum(groups, [])}
-    for kind, words in runs.WORDS.items():
+    rows, found = [], compare.caveats(groups)
+    for kind, words in runs.WORDS.items() if not {"other text", "other instrument"} & found.keys() else []:
         for read_out, (where, _) in runs.READ_OUTS.items():
             values = runs.last_values(groups, f"final/{read_out}_{kind}query_{what}")
-            if len(instruments) == 1 and [*map(len, values)] == [*map(len, groups)]:
-                rows += compared(f"{label} on {words}, {where}", values, ".3f", runs.in_pairs(groups))
+            if [*map(len, values)] == [*map(len, groups)]:
+                rows += compared(groups, f"{label} on {words}, {where}{compare.mark(found)}", values, ".3f")
     return rows
 
 
+def ner_rows(groups, tests, options):
+    """The mean F1 over treebanks that all runs were scored on, in a language of training and in others."""
+    rows, found = [], compare.caveats(groups)
+    for is_own, what in ((True, "in-language"), (False, "zero-shot")):
+        complete = [scores for test, scores in tests.items() if in_language(options[0], test) == is_own
+                    and [*map(len, scores)] == [*map(len, groups)]]
+        if complete:
+            means = [np.mean([scores[i] for scores in complete], axis=0).tolist() for i in range(len(groups))]
+            label = f"mean F1 on Universal NER, {what} ({', '.join(options[1:])}; treebanks: {len(complete)})"
+            rows += compared(groups, label + compare.mark(found), means, ".1f")
+    return rows
+
+
+def in_language(train, test):
+    """Whether a treebank is in a language that was trained on: en_pud is after --train=en_ewt."""
+    names = TRAINABLE if train == "all" else train.split(",")
+    return re.split("[_:]", test)[0] in {re.split("[_:]", name)[0] for name in names}
+
+
 def answer(groups, names):
-    """What did meta-learning buy, if the first group has it and the second has not?"""
-    if len(groups) != 2:
+    """What did meta-learning buy, if the last group is the baseline?"""
+    if len(groups) < 2:
         return []
-    rows, paired = [], runs.in_pairs(groups)
-    for axis in runs.shared_axes(groups):
+    rows, found = [], compare.caveats(groups)
+    for axis in runs.shared_axes(groups) if "other text" not in found else []:
         losses, shares = runs.losses_at_equal(groups, axis)
         label = f"validation loss at equal {runs.AXES[axis]}"
-        if abs(shares[0] - shares[1]) > 0.02:  # a loss falls as the learning rate decays
-            label += f" ({shares[0]:.0%} and {shares[1]:.0%} of the schedule)"
-        rows += compared(label, losses, ".3f", paired)
+        if max(shares) - min(shares) > 0.02:  # a loss falls as the learning rate decays
+            label += f" ({' and '.join(f'{share:.0%}' for share in shares)} of the schedule)"
+        rows += compared(groups, label + compare.mark(found), losses, ".3f")
     rows += adaptation_rows(groups, "acc", "query accuracy")
     for (mode, train, _, shots, *_), tests in runs.ner_scores(groups).items():
-        complete = [scores for scores in tests.values() if [*map(len, scores)] == [*map(len, groups)]]
-        if complete and mode != "majority":
-            options = f"{mode}, {escaped(train)}, {shots or 'all'} sentences; treebanks: {len(complete)}"
-            means = [np.mean([scores[i] for scores in complete], axis=0).tolist() for i in range(2)]
-            rows += compared(f"mean F1 on Universal NER ({options})", means, ".1f", paired)
+        if mode != "majority":
+            options = train, mode, escaped(train), f"{shots or 'all'} sentences"
+            rows += ner_rows(groups, tests, options)
     counts = [[phases.majority(of_layer)[0] for kind, by_layer in runs.layer_curves(group).items()
                if kind in runs.LABELS for of_layer in by_layer.values()] for group in groups]
     if any(counts):
         cells = [f"{verdicts.count(phases.RISE_AND_FALL)} of {len(verdicts)}" for verdicts in counts]
-        rows.append(["curves that diversify, then compress", *cells, "", ""])
+        rows.append(["curves that diversify, then compress", *cells, *[""] * (2 * (len(groups) == 2))])
     return [comparison(names, rows)] if rows else []
 
 
 def end_of_training(groups, names):
     """The last value of each loss and accuracy, not the best, and what the runs took."""
-    rows = []
+    rows, found = [], compare.caveats(groups)
+    marks = compare.mark(found, "other text", "other start", "unfinished", "lengthened")
     for key in ["val/loss", *runs.domain_keys(groups)]:
-        label = f"validation loss, {'nats' if key == 'val/loss' else escaped(key.removeprefix('val/'))}"
-        rows += compared(label, runs.last_values(groups, key), ".3f", runs.in_pairs(groups))
+        label = "validation loss, " + ("nats" if key == "val/loss" else escaped(key[len("val/"):])) + marks
+        values = runs.last_values(groups, key)
+        rows += compared(groups, label, values, ".3f", comparable="other text" not in found)
     rows += adaptation_rows(groups, "acc", "query accuracy")
     rows += adaptation_rows(groups, "loss", "query loss, nats")
     for key, label in runs.AXES.items():
         form = ".0f" if key in ("step", "seconds") else ".3g"
-        rows += compared(label, runs.last_values(groups, key), form, test=False)
+        rows += compared(groups, label, runs.last_values(groups, key), form, test=False)
     return ["## At the end of training", comparison(names, rows)]
 
 
 def speedup_to_equal_loss(groups, names):
     """How much sooner the first group reaches the losses that all runs reach."""
-    if len(groups) != 2:
+    found = compare.caveats(groups)
+    if len(groups) != 2 or "other text" in found:
         return []
-    levels, speedups = speedup(groups)
+    title, (levels, speedups) = f"## Speedup to equal loss{compare.mark(found)}", speedup(groups)
     if not speedups:
-        return ["## Speedup to equal loss", "There is no loss that all runs reach between two evaluations."]
+        return [title, "There is no loss that all runs reach between two evaluations."]
 
     def cell(ratio, error):
         interval = f" ({ratio * math.exp(-error):.2f} to {ratio * math.exp(error):.2f})"
@@ -116,19 +149,29 @@ def speedup_to_equal_loss(groups, names):
     note = (f"What {names[1]} needs to reach a loss, divided by what {names[0]} needs: above 1, "
             f"{names[0]} is sooner. In brackets: one standard error. The largest is biased upwards: it is "
             f"picked from {len(levels)} losses, {levels[0]:.3f} to {levels[-1]:.3f}.")
-    return ["## Speedup to equal loss", note, markdown(rows)]
+    return [title, note, markdown(rows)]
 
 
 def universal_ner(groups, names):
-    """Span F1 on each treebank that all groups were scored on, a table for each way of fine-tuning."""
-    paragraphs = []
-    for (mode, train, *rest), tests in runs.ner_scores(groups).items():
-        rows = [row for test, scores in tests.items() for row in compared(escaped(test), scores, ".1f")]
-        if rows:
-            options = ", ".join(f"{name} {value}" for name, value in zip(runs.NER_KEY[2:7], rest) if value)
-            paragraphs += [f"## Universal NER, {mode}, trained on {escaped(train)} ({escaped(options)})",
-                           "Span F1 in percent; of each run the mean over fine-tuning seeds.",
-                           comparison(names, rows)]
+    """Span F1 on each treebank, a table for each way of fine-tuning; at its bottom without a model."""
+    paragraphs, scores = [], runs.ner_scores(groups)
+    for (mode, train, *rest), tests in scores.items():
+        def own(test):
+            return " (in-language)" * in_language(train, test)  # noqa: B023
+
+        rows = [row for test, values in tests.items()
+                for row in compared(groups, escaped(test) + own(test), values, ".1f", whole=False)]
+        for (other, of, _, shots, *_), without in scores.items():
+            shared = [without[test] for test in tests if test in without]
+            if other == "majority" != mode and (of, shots) == (train, rest[1]) and shared:
+                of_groups = [sum((values[i] for values in shared), []) for i in range(len(groups))]
+                means = [[float(np.mean(values))] if values else [] for values in of_groups]
+                label = f"no model: each word's most frequent tag, mean of {len(shared)}"
+                rows += compared(groups, label, means, ".1f", comparable=False, whole=False)
+        options = ", ".join(f"{name} {value}" for name, value in zip(runs.NER_KEY[2:7], rest) if value)
+        paragraphs += [f"## Universal NER, {mode}, trained on {escaped(train)} ({escaped(options)})",
+                       "Span F1 in percent; of each run the mean over fine-tuning seeds.",
+                       comparison(names, rows)]
     return paragraphs
 
 
@@ -169,40 +212,61 @@ def phases_of_curves(groups, names):
 SECTIONS = [end_of_training, speedup_to_equal_loss, universal_ner, phases_of_curves]
 
 
-def tables(groups, names):
+def settings_that_differ(groups, names):
+    """What a reader must know before any number: caveats, and the settings that differ between and within."""
+    found = compare.caveats(groups)
+    paragraphs = [f"**{kind.capitalize()}.** {escaped(said)}" for kind, said in found.items()]
+    differing = compare.differing_settings(groups)
+    if differing[0]:
+        rows = [[key, *(escaped(", ".join(values[key])) for values in differing)] for key in differing[0]]
+        paragraphs.append(markdown([["setting", *names], *rows]))
+    elif sum(map(len, groups)) > 1 and all(run["config"] for group in groups for run in group):
+        paragraphs.append("The runs differ in no setting but the seed.")
+    return paragraphs
+
+
+def tables(groups, names, sort=""):
     """The report as Markdown."""
     names = list(map(escaped, names))
     paths = [", ".join(escaped(run["path"]) for run in group) for group in groups]
     listed = [f"{name}: {of_group}" for name, of_group in zip(names, paths)]
     note = " Mean ± standard deviation over runs." if max(map(len, groups)) > 1 else ""
-    if len(groups) == 2 and min(map(len, groups)) > 1:
-        test = "t-test, paired by seed" if runs.in_pairs(groups) else "Welch's t-test"
-        note += f" p: {test}, not corrected for the number of tests."
-    head = [f"# {' against '.join(names)}", *answer(groups, names), f"Runs: {'; '.join(listed)}.{note}"]
+    if len(groups) > 1:
+        paired = all(runs.in_pairs([group, groups[-1]]) for group in groups[:-1])
+        test = "t-test, paired by seed" if paired else "Welch's t-test"
+        note += " One run in a group: no test, and a difference may be chance." if min(
+            map(len, groups)) == 1 else f" p: {test}, not corrected for the number of tests."
+    head = [f"# {' against '.join(names)}", *settings_that_differ(groups, names), *answer(groups, names),
+            f"Runs: {'; '.join(listed)}.{note}"]
+    if sum(map(len, groups)) > 1:
+        head += ["## Runs", markdown([list(map(escaped, row)) for row in compare.table(groups, names, sort)])]
     return "\n\n".join(sum((section(groups, names) for section in SECTIONS), head)) + "\n"
 
 
-def write(groups, out):
-    """Writes OUT.md and OUT.png and returns the tables as Markdown.
+def write(places, out="", sort=""):
+    """Writes OUT.md, OUT.png and, of several runs, OUT.csv: (the tables as Markdown, OUT).
 
-    groups: one or two lists of run folders; of two, the second is the baseline. out: a path without ending.
-    Raises UserError if a run has no validation loss.
+    places: as `compare.read` takes them; out, sort: as in Config. UserError if a run has no validation loss.
     """
-    found, names, out = runs.read_groups(groups), runs.group_names(groups), Path(out)
+    found, names = compare.read(list(map(str, places)))
+    n_runs = sum(map(len, found))
+    out = Path(out or Path(found[0][0]["path"], "report" if n_runs == 1 else "comparison"))
     config.require(out.name, f"out must be a path without ending, such as out/report, got {str(out)!r}")
-    text = tables(found, names)
+    text = tables(found, names, sort)
     out.parent.mkdir(parents=True, exist_ok=True)
     drawing.figure(found, names).savefig(f"{out}.png")
     files.replace(f"{out}.md", f"{text}\n![{escaped(' against '.join(names))}](<{out.name}.png>)\n")
-    return text
+    if n_runs > 1:
+        files.replace(f"{out}.csv", compare.as_csv(compare.table(found, names, sort)))
+    return text, out
 
 
 def main(argv):
-    given, flags = config.operands(argv)
+    given, flags = config.operands(Config, argv)
     cfg = config.load(Config, flags, __doc__)
-    text = write([[folder for folder in arg.split(",") if folder] for arg in given], cfg.out)
+    text, out = write(given, cfg.out, cfg.sort)
     print(text.split("## Phases of")[0].rstrip() + "\n")
-    print(f"files     {cfg.out}.md (these tables, and the phases of every layer), {cfg.out}.png")
+    print(f"files     {out}.md (these tables, and the phases of every layer), {out}.png")
 
 
 if __name__ == "__main__":

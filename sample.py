@@ -52,7 +52,7 @@ def pieces(tokenizer, ids, new_ids):
 
 
 def main(argv):
-    source, flags = config.one_operand(argv)
+    source, flags = config.one_operand(Config, argv)
     cfg, source = config.load(Config, flags, __doc__), Path(source)
     device, dtype = machine.pick_device(cfg.device, cfg.dtype)
     decoder = checkpoint.load_model(source).to(device)

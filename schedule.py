@@ -46,6 +46,14 @@ class Schedule:
         for kind in set(self.kinds.flat):
             self.earlier[self.kinds == kind] = np.arange((self.kinds == kind).sum())
 
+    def mean_flops(self, learner, sources):
+        """FLOPs of an update over all ranks, on average over the run."""
+        total = 0
+        for kind in set(self.kinds.flat):
+            batches, size = sources[kind]
+            total += (self.kinds == kind).mean() * learner.flops(kind, batches[range(size)])
+        return total * self.micro_steps * self.world
+
     def micro_step(self, number, rank, sizes):
         """(kind, range of numbers) of a micro-step; sizes: {kind: sequences or episodes on each rank}."""
         step, micro = divmod(number, self.micro_steps)

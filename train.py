@@ -27,8 +27,18 @@ import probes
 from adaptation import AdaptationTest
 from meta import Head, Learner
 from model import Decoder, ModelConfig
-from nanomaml import bins, checkpoint, config, console, logs, machine, phases, ranks, resume, trouble
-from nanomaml.config import Count, Natural, NonNegative, Positive, Share, UserError, one_line, require
+from nanomaml import bins, checkpoint, config, console, logs, machine, phases, ranks, record, resume, trouble
+from nanomaml.config import (
+    Count,
+    Natural,
+    NonNegative,
+    Positive,
+    Share,
+    Updates,
+    UserError,
+    one_line,
+    require,
+)
 from nanomaml.machine import Dtype
 from nanomaml.ranks import print0
 from nanomaml.tokenizer import NoDownload
@@ -51,7 +61,7 @@ class Config(ModelConfig):
     global_batch_size: Count = 256  # sequences of an update, over all ranks and micro-steps
     batch_size: Count = 16  # sequences of a micro-step on each rank
     lr: Positive = 3e-4  # peak learning rate
-    warmup_steps: Natural = 2500  # updates of linear warm-up from 0; then linear decay to 0 at max_steps
+    warmup_steps: Updates = 5 / 12  # linear warm-up from 0, then decay to 0 at max_steps; below 1: a share
     weight_decay: NonNegative = 0.1  # AdamW, on matrices only
     beta1: Beta = 0.9  # AdamW, decay of the mean gradient
     beta2: Beta = 0.95  # AdamW, decay of the mean squared gradient
@@ -59,7 +69,7 @@ class Config(ModelConfig):
     # episodes
     meta_share: Share = 0.5  # probability that a block of micro-steps reads episodes; 0: off (vanilla)
     meta_blocks: Count = 2  # parts of an update whose kind is drawn separately; must divide its micro-steps
-    meta_start: Natural = 0  # updates before the first episode
+    meta_start: Updates = 0  # updates before the first episode; below 1: a share of max_steps
     meta_weight: NonNegative = 1.0  # factor on the query loss
     read_out: Literal["mask", "context"] = "mask"  # where a word is read: its mask, or one position before it
     ways: Several = 32  # N, words to tell apart in an episode
@@ -100,6 +110,9 @@ class Config(ModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        for key in ("warmup_steps", "meta_start"):
+            value = getattr(self, key)
+            object.__setattr__(self, key, round(value * self.max_steps) if value < 1 else int(value))
         if self.inner_lr == 0:  # the squared norm of a normalised feature is d_model
             object.__setattr__(self, "inner_lr", 25.6 / self.d_model)
         require(self.vocab_size <= bins.MAX_IDS,
@@ -281,20 +294,12 @@ def sum_over_ranks(metrics, device):
     return dict(zip(metrics, table))
 
 
-def wandb_facts(learner, device, dtype):
-    """What wandb's config shows beside the settings; device and dtype are what "auto" came to."""
-    return {"device": str(device), "dtype": str(dtype).removeprefix("torch."),
-            "ranks": ranks.rank_and_world()[1], "machine": machine.describe(device, dtype),
-            "parameters": sum(p.numel() for p in learner.decoder.parameters()),
-            "head_parameters": sum(p.numel() for p in learner.head.parameters())}
-
-
 def write_report(out_dir):
     """report.md and report.png of a finished run, and the phases of its curves on the console."""
     try:
         import report  # and with it matplotlib
 
-        report.write([[str(out_dir)]], out_dir / "report")
+        report.write([out_dir])
         print0(f"report    {out_dir / 'report.md'}, {out_dir / 'report.png'}")
         print0("curves    " + "\n          ".join(phases.summary(out_dir)))
     except Exception as error:  # the run is done, whatever is wrong with its report
@@ -340,12 +345,14 @@ def train(cfg, device, dtype, lock):
     eval_batches = {name: data.eval_sequences(split, cfg.context, cfg.eval_sequences)
                     for name, split in validation.items()}
     adaptation = AdaptationTest(cfg, validation, tokenizer)
-    log = logs.RunLog(cfg, progress, rank, wandb_facts(learner, device, dtype))
+    facts = record.facts(learner, device, dtype, digests["tokenizer"], validation)
+    log = logs.RunLog(cfg, progress, rank, facts)
     weights = {"lm": 1.0, "meta": cfg.meta_weight}  # of the parts of a loss
     peak_flops, metrics = machine.peak_flops(device, dtype) * world, {}
     updates = read_ahead(schedule, sources, rank, device, progress.step)
     if rank == 0:
-        console.print_setup(cfg, schedule, corpus, validation, learner, adaptation, progress)
+        update_seconds = schedule.mean_flops(learner, sources) / peak_flops
+        console.print_setup(cfg, schedule, corpus, validation, learner, adaptation, progress, update_seconds)
     with (probes.Live(cfg, validation, log, progress, device) as live,
           trouble.Watch(cfg, progress, log) as watch):
         watch.print_notes(lr_factor)
@@ -360,7 +367,7 @@ def train(cfg, device, dtype, lock):
                     metrics |= adaptation.measure(learner.decoder, dtype, is_last)
                 log.write("log.jsonl", progress.axes() | metrics)
                 live.write()
-                print0(console.evaluation_line(progress.step, metrics, live.last))
+                print0(console.evaluation_line(progress.step, metrics, live.last, cfg.max_steps))
             live.write()
             micro_steps, waited = watch.next_of(updates)  # there are none after the last
             stop = watch.must_stop()
@@ -402,8 +409,8 @@ def train(cfg, device, dtype, lock):
                 line = progress.interval_metrics(peak_flops)
                 line |= {"lr": cfg.lr * lr_factor(cfg, progress.step - 1), "grad_norm": grad_norm.item()}
                 log.write("log.jsonl", progress.axes() | line)
-                print0(console.training_line(progress, line))
-                watch.warn_if_stuck(line)
+                print0(console.training_line(progress, line, cfg.max_steps))
+                watch.look_at(line)
                 progress.start_interval()
             watch.require_finite()
 
@@ -412,9 +419,10 @@ def train(cfg, device, dtype, lock):
     if not is_last:
         print0(f"stopped   at step {progress.step}; the same command {watch.resumption()}")
     elif rank == 0 and progress.step != progress.resumed_at:
-        console.print_results(cfg, corpus, learner, tokenizer, device, metrics)
+        prompt = next(iter(eval_batches.values())).ids[:1, :8].to(device)
+        console.print_results(cfg, corpus, learner, tokenizer, prompt, metrics)
     print0(f"files     {cfg.out_dir}: ckpt_*.pt, log.jsonl (losses), probes.jsonl (ranks and entropies)")
-    log.finish()
+    log.finish("finished" if is_last else "stopped")
     return is_last and (progress.step != progress.resumed_at or not Path(cfg.out_dir, "report.md").exists())
 
 

@@ -17,5 +17,5 @@ batch_size = 8  # per GPU; not measured on one yet
 # The schedule is the default, the paper's. Where settings differ from it, and why: docs/differences.md.
 queries = 4
 meta_share = 0.1
-meta_start = 3000
+meta_start = 0.5
 meta_weight = 0.1

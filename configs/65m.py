@@ -8,5 +8,5 @@ d_model = 384
 # micro-step of episodes reads 32 x (4 + 4) windows x 128 = 32,768 tokens, as many as one of 16 x 2048.
 queries = 4
 meta_share = 0.1
-meta_start = 3000
+meta_start = 0.5
 meta_weight = 0.1

@@ -19,13 +19,13 @@ max_steps = 250
 
 # Measured on runs of 340 updates: validation loss 5.1 at a rate of 2e-3, 4.8 at this one.
 lr = 4e-3
-warmup_steps = 40
+warmup_steps = 0.16  # of the run: 40 updates
 
 # A tenth of the micro-steps of the second half are episodes, at a tenth of the weight: in runs ten times as
 # long that costs 0.01 nats, where half of all, as published, costs 0.29, and brings most of the adaptation at
 # the mask that episodes can bring (results/README.md). Why this inner rate: docs/inner-loop.md.
 meta_share = 0.1
-meta_start = 125
+meta_start = 0.5  # of the run
 meta_weight = 0.1
 ways = 16
 window = 32

@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import errno
 import inspect
+import json
 import math
 import os
 import re
@@ -27,6 +28,8 @@ Natural = Annotated[int, "at least 0", lambda x: x >= 0]
 Count = Annotated[int, "at least 1", lambda x: x >= 1]
 NonNegative = Annotated[float, "at least 0", lambda x: x >= 0]
 Positive = Annotated[float, "positive", lambda x: x > 0]
+Updates = Annotated[float, "a number of updates, or below 1 a share of max_steps",
+                    lambda x: 0 <= x < 1 or x.is_integer() and x >= 0]
 Share = Annotated[float, "in [0, 1]", lambda x: 0 <= x <= 1]
 
 NO_TEXT = {"idna", "punycode", "raw-unicode-escape", "unicode-escape"}  # codecs of other things
@@ -169,9 +172,14 @@ def read(cls, argv, doc):
         values[key] = convert(key, value, known[key].type, is_text)
         require(values[key] != "" or known[key].default == "", f"{key} must not be empty")
 
+    argv = joined(cls, argv)
     for path in (arg for arg in argv if not arg.startswith("-")):
+        if "out_dir" in known and os.path.exists(f"{path}/config.json"):  # a run's folder: its settings
+            for key, value in run_settings(path).items():
+                put(key, value, f"{path}/config.json")
+            continue
         require(path.endswith(".py"),
-                f"{shown(path)} is neither a config file (*.py) nor a flag (--key=value)")
+                f"{shown(path)} is neither a config file (*.py) nor a flag (--key=value), nor a run's folder")
         require(os.path.isfile(path), f"config file {path}: there is no such file")  # a folder would run too
         try:
             names = runpy.run_path(path)
@@ -192,17 +200,39 @@ def read(cls, argv, doc):
     return cls(**values)
 
 
-def operands(argv):
-    """(what is neither a flag nor a config file, the rest): for scripts that take the folders of runs."""
+def run_settings(folder):
+    """The settings of the run in a folder, which may have been moved."""
+    try:
+        with open(f"{folder}/config.json", encoding="utf-8") as file:
+            return json.load(file) | {"out_dir": folder}
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{folder}/config.json is not that of a run: {one_line(error, 200)}") from None
+
+
+def joined(cls, argv):
+    """`argv` with `--key value` as `--key=value`; a switch takes no value."""
+    types_of, result = {field.name: field.type for field in dataclasses.fields(cls)}, []
+    for arg in argv:
+        key = result[-1].removeprefix("--") if result and result[-1].startswith("--") else ""
+        if types_of.get(key, bool) not in (bool, bool | None) and not arg.startswith("--"):
+            result[-1] += f"={arg}"
+        else:
+            result.append(arg)
+    return result
+
+
+def operands(cls, argv):
+    """(what is neither a flag of `cls` nor a config file, the rest): for scripts that take runs' folders."""
+    argv = joined(cls, argv)
     paths = [arg for arg in argv
              if not arg.startswith("-") and (os.path.isdir(arg) or not arg.endswith(".py"))]
     require(all(paths), "an argument is empty: name a folder or a file")
     return paths, [arg for arg in argv if arg not in paths]
 
 
-def one_operand(argv, what="one run's folder or checkpoint, for instance out/demo"):
+def one_operand(cls, argv, what="one run's folder or checkpoint, for instance out/demo"):
     """(the one operand, the rest of `argv`) of a script that works on one thing."""
-    given, rest = operands(argv)
+    given, rest = operands(cls, argv)
     require(len(given) == 1 or {"--help", "-h"} & set(rest), f"name {what}; got {', '.join(given) or 'none'}")
     return "".join(given), rest
 
@@ -225,9 +255,11 @@ def convert(key, value, declared, is_text=False):
     kind, *rules = typing.get_args(kind) or (kind,)
     try:
         if is_text and kind is not str:
-            value = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+            value = {"true": True, "false": False}[value.lower()] if kind is bool else number(value)
         if kind is float and type(value) is int:
             value = float(value)
+        if kind is int and type(value) is float and value.is_integer():  # 1e3
+            value = int(value)
         if type(value) is not kind:
             raise ValueError
     except (KeyError, ValueError, OverflowError):
@@ -240,6 +272,13 @@ def convert(key, value, declared, is_text=False):
     for says, holds in zip(rules[::2], rules[1::2]):
         require(holds(value), f"{key} must be {says}, got {shown(value)}")
     return value
+
+
+def number(text):
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
 
 
 def comments(cls):

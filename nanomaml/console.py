@@ -2,10 +2,13 @@
 import math
 import os
 import sys
+import textwrap
 from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
+
+EXPECTED_MFU = 0.4
 
 
 class Console:
@@ -46,8 +49,18 @@ def lasting_console():
         sys.stdout, sys.stderr = streams
 
 
-def print_setup(cfg, schedule, corpus, validation, learner, adaptation, progress):
-    """What the run is about to do. progress: where it stands, with `resumed_at` of a resumed run."""
+def clock(seconds):
+    """Seconds as 1:02:03, 2:03 or 0:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def print_setup(cfg, schedule, corpus, validation, learner, adaptation, progress, update_seconds):
+    """What the run is about to do. progress: where it stands, with `resumed_at` of a resumed run.
+
+    update_seconds: what an update would take at the machine's peak.
+    """
     held_out = sum(split.tokens for split in validation.values())
     sizes = [sum(p.numel() for p in module.parameters()) for module in (learner.decoder, learner.head)]
     print(f"data      {cfg.data}: {corpus.tokens:,} training tokens, {held_out:,} for validation; unigram "
@@ -68,27 +81,39 @@ def print_setup(cfg, schedule, corpus, validation, learner, adaptation, progress
               + ": the run is finished" * (progress.resumed_at >= cfg.max_steps))
     elif cfg.init_from:
         print(f"start     from the model of {cfg.init_from}")
+    if left := cfg.max_steps - progress.step:
+        one = update_seconds / EXPECTED_MFU
+        print(f"time      about {f'{one:.2g} s' if one < 60 else clock(one)} an update, {clock(left * one)} "
+              f"in all, by the counted FLOPs at {EXPECTED_MFU:.0%} MFU")
 
 
-def training_line(progress, line):
-    """`line` of log.jsonl for the console."""
+def numbered(step, last):
+    return f"step {step:>{len(str(last))}}/{last}"
+
+
+def training_line(progress, line, last):
+    """`line` of log.jsonl for the console; last: max_steps."""
     interval, loss = progress.interval, f"{line['train/loss']:.4f}" if "train/loss" in line else "-"
-    parts = [f"step {progress.step:>6}", f"loss {loss}"]
+    parts, each = [numbered(progress.step, last), f"loss {loss}"], interval["seconds"] / interval["steps"]
     if "meta/query_loss" in line:
         parts += [f"query {line['meta/query_loss']:.3f} acc {line.get('meta/query_acc', math.nan):.3f}"]
     parts += [f"lr {line['lr']:.2e}", f"grad {line['grad_norm']:.2f}",
-              f"{1000 * interval['seconds'] / interval['steps']:.0f} ms", f"{line['tok_per_s']:,.0f} tok/s",
-              f"MFU {line['mfu']:.0%}"]
+              f"{1000 * each:.0f} ms", f"{line['tok_per_s']:,.0f} tok/s", f"MFU {line['mfu']:.0%}"]
     parts += [f"{kind} {line[f'share/{kind}']:.0%}" for kind in progress.micro_steps if kind != "lm"]
     parts += [f"skipped {line['skipped']}"] * (line["skipped"] > 0)
     parts += [f"waited for data {line['data_wait']:.0%}"] * (line["data_wait"] > 0.05)
+    parts += [f"{clock((last - progress.step) * each)} left"] * (progress.step < last)
     return " | ".join(parts)
 
 
-def evaluation_line(step, metrics, probe):
-    """An evaluation for the console, and the last probe: {} before the first, else with its "step"."""
-    losses = {name: loss for name, loss in metrics.items() if name.startswith("val/")}
-    parts = [f"step {step:>6}", *(f"{name} {loss:.4f}" for name, loss in losses.items())]
+def evaluation_line(step, metrics, probe, last):
+    """An evaluation for the console, and the last probe: {} before the first, else with its "step".
+
+    Losses of domains follow in lines of their own. last: max_steps.
+    """
+    parts = [numbered(step, last), f"val/loss {metrics['val/loss']:.4f}"]
+    domains = [f"{name} {metrics[name]:.4f}" for name in metrics
+               if name.startswith("val/") and name != "val/loss"]
     for name, label in (("adapt/query_acc", "query acc"), ("adapt/new_query_acc", "of new words")):
         parts += [f"{label} {metrics[name]:.3f}"] if name in metrics else []
     for prefix, label in (("rank/resid/", "effective rank"), ("entropy/", "attention entropy")):
@@ -96,22 +121,30 @@ def evaluation_line(step, metrics, probe):
         parts += [f"{label} {np.mean(values):.3g}"] if values else []
     if probe.get("step", step) != step:
         parts[-1] += f" (step {probe['step']})"
-    return " | ".join(parts)
+    indent = " " * (len(parts[0]) + 1)
+    rest = textwrap.wrap("| ".join(domains), 118 - len(indent), break_on_hyphens=False)
+    return "\n".join([" | ".join(parts), *(f"{indent}| {line}" for line in rest)])
 
 
-def print_results(cfg, corpus, learner, tokenizer, device, metrics):
-    """The last lines of a finished run; `metrics`: those of its last evaluation, {} where there was none."""
+def print_results(cfg, corpus, learner, tokenizer, prompt, metrics):
+    """The last lines of a finished run; `metrics`: those of its last evaluation, {} where there was none.
+
+    prompt: token ids (1, T) of validation text, which the sample goes on from.
+    """
     loss = f"validation loss {metrics['val/loss']:.3f}, where" if metrics else "not evaluated;"
     print(f"done      {loss} token frequencies alone give {corpus.unigram_entropy():.3f}")
-    for key, words in (("query_acc", "held-out text"), ("new_query_acc", "held-out words")):
-        if f"adapt/mask_{key}" in metrics:
-            print(f"          query accuracy on {words} {metrics[f'adapt/mask_{key}']:.3f} at the mask, "
-                  f"{metrics[f'adapt/context_{key}']:.3f} before the word; chance {1 / cfg.eval_ways:.3f}")
+    for kind, words in (("", "held-out text"), ("new_", "held-out words")):
+        if f"final/mask_{kind}query_acc" in metrics:
+            at, before = (f"{metrics[f'final/{place}_{kind}query_acc']:.3f} ± "
+                          f"{metrics.get(f'final/{place}_{kind}query_acc_error', math.nan):.3f}"
+                          for place in ("mask", "context"))
+            ways, n_words = metrics[f"final/{kind}ways"], metrics[f"final/{kind}words"]
+            print(f"          query accuracy on {words}, final: {at} at the mask, {before} before the word "
+                  f"({n_words} words, {ways}-way, chance {1 / ways:.3f})")
     if cfg.meta_share > 0:
         print("          compare with a run of configs/vanilla.py to see what episodes bring")
     if tokenizer is not None:
-        prompt = torch.tensor([tokenizer.encode_ordinary("The function returns")], device=device)
-        generator = torch.Generator(device).manual_seed(cfg.seed)
+        generator = torch.Generator(prompt.device).manual_seed(cfg.seed)
         with learner.decoder.eager():  # each length would be compiled anew
             ids = learner.decoder.generate(prompt, 40, 0.8, top_k=50, generator=generator)[0].tolist()
         print(f"sample    {tokenizer.decode([i for i in ids if i < tokenizer.n_vocab])!r}")

@@ -3,13 +3,21 @@ from functools import partial
 
 import numpy as np
 
-from nanomaml import phases, runs
+from nanomaml import compare, phases, runs
 from nanomaml.config import one_line
 from nanomaml.stats import speedup
 
-COLORS = ("#c0392b", "#2c6fbb")  # of the groups
+COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8c8c8c")  # of the
+# groups: Okabe & Ito's, which colour-blind readers tell apart
 MARKERS = {"start": ("v", "start of the rise"), "peak": ("^", "peak"), "settled": ("s", "90% of the fall")}
 MARKER_STYLE = {"mec": "black", "mew": 0.4, "lw": 0}
+DASHES = {"-": "first layer", "--": "middle layer", ":": "last layer"}  # where colours are those of groups
+MOST = 12  # panels
+
+
+def styled(names):
+    """[(what belongs to a group or a name, its colour), ...]"""
+    return [(name, COLORS[i % len(COLORS)]) for i, name in enumerate(names)]
 
 
 def plain(name):
@@ -20,12 +28,14 @@ def plain(name):
 def styled_runs(groups):
     """[(run, how its line is drawn), ...] of all runs."""
     return [(run, {"color": color, "alpha": 1 if len(group) == 1 else 0.6})
-            for group, color in zip(groups, COLORS) for run in group]
+            for group, color in styled(groups) for run in group]
 
 
 def legend(ax, styles, **where):
-    """A legend of {label: how its line is drawn}, whatever the panel shows."""
-    ax.legend(handles=[ax.plot([], [], label=label, **style)[0] for label, style in styles.items()], **where)
+    """A legend of {label: how its line is drawn} under a panel, where it hides no curve."""
+    handles = [ax.plot([], [], label=label, **style)[0] for label, style in styles.items()]
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.25), "ncols": 2, "borderaxespad": 0}
+    ax.legend(handles=handles, **(where or below))
 
 
 def y_limits(curves):
@@ -35,28 +45,25 @@ def y_limits(curves):
     return shown.min() - margin, shown.max() + margin
 
 
-def loss_panel(ax, groups, names, axis):
-    losses = []
+def loss_panel(ax, groups, names, axis, mark):
+    curves = []
     for run, style in styled_runs(groups):
         c = runs.curve(run, "val/loss")
-        losses.append(c["val/loss"])
-        ax.plot(c[axis], losses[-1], **style)
-    # From the second evaluation: the fall from the untrained model would flatten the rest.
-    low, high = min(y.min() for y in losses), max(y[:2][-1] for y in losses)
-    margin = 0.04 * (high - low) or 0.1
-    ax.set(xlabel=runs.AXES[axis], ylabel="nats", title="validation loss", ylim=(low - margin, high + margin))
-    legend(ax, {name: {"color": color} for name, color in zip(names, COLORS)})
+        curves.append((c[axis], c["val/loss"]))
+        ax.plot(*curves[-1], **style)
+    ax.set(xlabel=runs.AXES[axis], ylabel="nats", title=f"validation loss{mark}", ylim=y_limits(curves))
+    legend(ax, {name: {"color": color} for name, color in styled(names)})
 
 
-def speedup_panel(ax, names, levels, speedups):
+def speedup_panel(ax, names, levels, speedups, mark):
     for axis, color in zip(speedups, ("black", "#8e44ad", "#27ae60", "#d68910")):
         y, errors, _ = speedups[axis]
         ax.plot(levels, y, color=color, label=runs.AXES[axis])
         ax.fill_between(levels, y / np.exp(errors), y * np.exp(errors), color=color, alpha=0.12, lw=0)
     ax.axhline(1, color="gray", lw=0.6)
     ax.invert_xaxis()
-    ax.set(xlabel="validation loss, nats", ylabel="ratio", title=f"speedup of {names[0]} to equal loss")
-    ax.legend()
+    ax.set(xlabel="validation loss, nats", ylabel="ratio", title=f"speedup of {names[0]} to equal loss{mark}")
+    legend(ax, {line.get_label(): {"color": line.get_color()} for line in ax.lines[:-1]})
 
 
 def adaptation_panel(ax, groups, kind):
@@ -71,15 +78,15 @@ def adaptation_panel(ax, groups, kind):
 def domains_panel(ax, groups, names):
     keys = runs.domain_keys(groups)
     y = np.arange(len(keys))
-    for i, (group, color) in enumerate(zip(groups, COLORS)):
+    for i, (group, color) in enumerate(styled(groups)):
         final = np.array([runs.last_values([group], key)[0] for key in keys])  # (domains, runs)
         error = final.std(1, ddof=1) if len(group) > 1 else None
-        offset = 0.2 * (i - (len(groups) - 1) / 2)
+        offset = 0.4 / len(groups) * (i - (len(groups) - 1) / 2)
         ax.errorbar(final.mean(1), y + offset, xerr=error, fmt="o", ms=4, color=color, capsize=2)
     ax.set_yticks(y, [plain(key.removeprefix("val/")) for key in keys])
     ax.grid(axis="y", lw=0.3)
     ax.set(xlabel="nats", title="validation loss by domain", ylim=(len(keys) - 0.5, -0.5))
-    legend(ax, {name: {"color": color} for name, color in zip(names, COLORS)})
+    legend(ax, {name: {"color": color} for name, color in styled(names)})
 
 
 def rise_and_fall(curves):
@@ -90,14 +97,16 @@ def rise_and_fall(curves):
     return {name: np.mean([result[name] for result in results]) for name in MARKERS}
 
 
-def layers_panel(ax, kind, by_layer, limits, colors):
-    for layer, curves in by_layer.items():
-        steps, values = runs.mean_curve(curves)
+def layers_panel(ax, kind, by_layer, colors):
+    """The curves of all layers of one group, with the phases of those that rise and fall."""
+    means = {layer: runs.mean_curve(curves) for layer, curves in by_layer.items()}
+    for layer, (steps, values) in means.items():
         ax.plot(steps, values, color=colors[layer])
-        for name, step in rise_and_fall(curves).items():
+        for name, step in rise_and_fall(by_layer[layer]).items():
             y = np.interp(step, steps, values)
             ax.plot(step, y, marker=MARKERS[name][0], color=colors[layer], ms=4, **MARKER_STYLE)
-    ax.set(xlabel=runs.AXES["step"], title=plain(runs.LABELS.get(kind, kind)), ylim=limits)
+    title = plain(runs.LABELS.get(kind, kind))
+    ax.set(xlabel=runs.AXES["step"], title=title, ylim=y_limits(means.values()))
 
 
 def layers_legend(ax, curves, colors):
@@ -111,33 +120,50 @@ def layers_legend(ax, curves, colors):
     legend(ax, styles, loc="center", ncols=1 + (len(styles) > 8))
 
 
+def overlay_panel(ax, kind, curves, names):
+    """The first, middle and last layer of each group over each other. curves: `runs.layer_curves` of each."""
+    shown = []
+    for of_group, color in styled(curves):
+        layers = list(of_group.get(kind, {}).values())
+        places = {len(layers) - 1: ":", (len(layers) - 1) // 2: "--", 0: "-"}  # of one layer or two: not all
+        for place, dash in places.items() if layers else []:
+            shown.append(runs.mean_curve(layers[place]))
+            ax.plot(*shown[-1], dash, color=color)
+    ax.set(xlabel=runs.AXES["step"], title=plain(runs.LABELS.get(kind, kind)), ylim=y_limits(shown))
+    styles = {name: {"color": color} for name, color in styled(names)}
+    legend(ax, styles | {label: {"color": "gray", "ls": dash} for dash, label in DASHES.items()})
+
+
 def figure(groups, names):
-    """All panels for which there are data, at most three in a row, at the width of a page."""
+    """All panels for which there are data, at most MOST, three in a row, at the width of a page."""
     from matplotlib import colormaps  # here: matplotlib need not be there before
 
-    names = list(map(plain, names))
+    names, found = list(map(plain, names)), compare.caveats(groups)
+    mark, is_same_text = compare.mark(found), "other text" not in found
     axes = [axis for axis in runs.shared_axes(groups) if axis != "step"] or ["step"]
-    panels = [partial(loss_panel, groups=groups, names=names, axis=axis) for axis in axes]
-    levels, speedups = speedup(groups) if len(groups) == 2 else ([], {})
+    marks = compare.mark(found, "other text", "other start", "unfinished", "lengthened")
+    panels = [partial(loss_panel, groups=groups, names=names, axis=axis, mark=marks) for axis in axes]
+    levels, speedups = speedup(groups) if len(groups) == 2 and is_same_text else ([], {})
     if speedups:
-        panels.append(partial(speedup_panel, names=names, levels=levels, speedups=speedups))
+        panels.append(partial(speedup_panel, names=names, levels=levels, speedups=speedups, mark=mark))
     panels += [partial(adaptation_panel, groups=groups, kind=kind) for kind in runs.WORDS
-               if any(runs.last_values(groups, f"adapt/context_{kind}query_acc"))]
-    if runs.domain_keys(groups):
+               if any(runs.last_values(groups, f"adapt/context_{kind}query_acc"))
+               and is_same_text and "other instrument" not in found]
+    if runs.domain_keys(groups) and is_same_text:
         panels.append(partial(domains_panel, groups=groups, names=names))
-    parts, curves = [("", panels)], [runs.layer_curves(group) for group in groups]
-    layers = sorted({layer for of_group in curves for by_layer in of_group.values() for layer in by_layer})
-    colors = dict(zip(layers, colormaps["viridis"](np.linspace(0, 0.95, len(layers)))))
-    for name, of_group in zip(names, curves):
-        panels = []
-        for kind, by_layer in of_group.items():
-            # One scale for both groups, so that they can be compared.
-            limits = y_limits([c for g in curves for of_layer in g.get(kind, {}).values() for c in of_layer])
-            panels.append(partial(layers_panel, kind=kind, by_layer=by_layer, limits=limits, colors=colors))
-        if panels:
-            panels.append(partial(layers_legend, curves=of_group, colors=colors))
-        parts.append((f"{name}, by layer", panels))
-    return draw(parts, size=(2.5, 1.9), font=7)
+    curves = [runs.layer_curves(group) for group in groups]
+    kinds = dict.fromkeys(kind for of_group in curves for kind in of_group)
+    kinds = sorted(kinds, key=lambda kind: kind in list(runs.LABELS)[2:])  # a fork's before the weights
+    if len(groups) > 1:
+        panels += [partial(overlay_panel, kind=kind, curves=curves, names=names) for kind in kinds]
+    elif kinds:
+        layers = sorted({layer for by_layer in curves[0].values() for layer in by_layer})
+        colors = dict(zip(layers, colormaps["viridis"](np.linspace(0, 0.95, len(layers)))))
+        panels = panels[:MOST - 1 - min(len(kinds), MOST - 4)]
+        panels += [partial(layers_panel, kind=kind, by_layer=curves[0][kind], colors=colors)
+                   for kind in kinds][:MOST - 1 - len(panels)]
+        panels.append(partial(layers_legend, curves=curves[0], colors=colors))
+    return draw([("", panels[:MOST])], size=(2.6, 2.2), font=7)
 
 
 def draw(parts, size, font):
@@ -161,6 +187,5 @@ def draw(parts, size, font):
             for column, panel in enumerate(panels):
                 panel(part.add_subplot(1, columns, column + 1))
         for i, ax in enumerate(ax for ax in fig.axes if ax.get_title()):
-            letter = chr(ord("a") + i % 26) * (1 + i // 26)  # a, b, ... z, aa, bb, ...
-            ax.set_title(f"({letter}) {ax.get_title()}")
+            ax.set_title(f"({chr(ord('a') + i)}) {ax.get_title()}")
     return fig

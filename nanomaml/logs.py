@@ -1,8 +1,8 @@
-"""What a run writes while it goes: log.jsonl and probes.jsonl, one JSON object a line, and wandb beside."""
+"""What a run writes while it goes: log.jsonl and probes.jsonl, a JSON object a line; run.json; and wandb."""
 import json
 from pathlib import Path
 
-from nanomaml import files
+from nanomaml import files, record
 from nanomaml.config import UserError
 from nanomaml.wandb_logs import start_wandb
 
@@ -18,10 +18,20 @@ class RunLog:
     def __init__(self, cfg, progress, rank, facts):
         self.folder, self.waiting, self.is_first = Path(cfg.out_dir), progress.unlogged, rank == 0
         self.failure = None  # the UserError of the first line that could not be written
-        self.send, self.finish = (lambda line: None), (lambda: None)
+        self.send, self.finish_wandb = (lambda line: None), (lambda: None)
+        self.facts, path = facts, self.folder / "run.json"
+        self.is_idle = progress.resumed_at is not None and progress.resumed_at >= cfg.max_steps
         if self.is_first:
+            if progress.resumed_at is not None:
+                before = files.parse(path.read_bytes()) or {} if path.exists() else {}
+                old, lengths = progress.old_max_steps, before.get("lengths") or []
+                facts["lengths"] = lengths + [old] * (old != cfg.max_steps)  # its earlier max_steps
+                facts["started"] = before.get("started", facts["started"])
+            if not self.is_idle:
+                self.write_facts("running")
             self.write_waiting()
-            self.send, self.finish = start_wandb(cfg, self.folder.name, cfg.out_dir, progress.run_id, facts)
+            start = start_wandb(cfg, self.folder.name, cfg.out_dir, progress.run_id, facts)
+            self.send, self.finish_wandb = start
 
     def write(self, name, line):
         if self.is_first:
@@ -29,6 +39,16 @@ class RunLog:
             self.waiting.append([name, line])
             self.write_waiting()
             self.send(line)
+
+    def write_facts(self, state):
+        content = {"state": state, "updated": record.now()} | self.facts
+        files.replace(self.folder / "run.json", json.dumps(content, indent=1) + "\n")
+
+    def finish(self, state):
+        """The last call: the run is "finished" or "stopped"."""
+        if self.is_first and not self.is_idle:
+            self.write_facts(state)
+        self.finish_wandb()
 
     def write_waiting(self):
         try:

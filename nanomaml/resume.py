@@ -33,7 +33,7 @@ MAY_CHANGE = {
 }
 INTERVAL = ("steps", "seconds", "waited", "tokens", "flops")
 # What a run writes beside checkpoints: a folder that holds one of these must be a run's.
-WRITTEN = ("config.json", "tokenizer.json", "report.md", "report.png", "ner.jsonl", *logs.NAMES)
+WRITTEN = ("config.json", "run.json", "tokenizer.json", "report.md", "report.png", "ner.jsonl", *logs.NAMES)
 
 
 @dataclass
@@ -182,7 +182,8 @@ def restore(cfg, digests, learner, optimizers):
 
     def refuse_if(is_so, what):
         require(not is_so, f"{cfg.out_dir} holds {what}. Another --out_dir starts anew, and with "
-                           f"--init_from={quote(cfg.out_dir)} from its weights")
+                           f"--init_from={quote(cfg.out_dir)} from its weights; train.py "
+                           f"{quote(cfg.out_dir)} resumes it with its own settings")
 
     refuse_if("imported_from" in state["config"], "an imported model and not a run")
     refuse_if(state.get("version") != VERSION, "a run of another version of this code")

@@ -23,14 +23,14 @@ READ_OUTS = {"context": ("before the word", "-"), "mask": ("at the mask", "--")}
 WORDS = {"": "held-out text", "new_": "held-out words"}
 # Runs that agree in all of this were measured by the same episodes.
 INSTRUMENT = ("eval_episodes", "eval_ways", "eval_shots", "eval_queries", "eval_window", "inner_steps",
-              "inner_lr")
+              "inner_lr", "word_targets", "max_word_share")
 # Two NER results that agree in all of this can be compared.
 NER_KEY = ("mode", "train", "tags", "shots", "label", "bidirectional", "lr", "epochs", "patience",
            "batch_size", "sentences")
 
 
 def read_run(folder):
-    """{"path", "seed" (None if unknown), "config", "log", "probes", "ner"} of a run's folder."""
+    """{"path", "seed" (None if unknown), "config", "record", "log", "probes", "ner"} of a run's folder."""
     folder = Path(folder)
     log = read_jsonl(folder / "log.jsonl", "step")
     require(any("val/loss" in line for line in log),
@@ -40,9 +40,9 @@ def read_run(folder):
         wrong = [f"step {line['step']}: {key} = {value!r}" for line in lines for key, value in line.items()
                  if type(value) not in (int, float)]
         require(not wrong, f"{folder / name}: expected numbers, got {one_line(wrong[:1], 100)}")
-    path = folder / "config.json"
-    settings = path.exists() and parse(path.read_bytes()) or {}
-    return {"path": folder, "seed": settings.get("seed"), "config": settings, "log": log,
+    settings, record = (parse(path.read_bytes()) or {} if path.exists() else {}
+                        for path in (folder / "config.json", folder / "run.json"))
+    return {"path": folder, "seed": settings.get("seed"), "config": settings, "record": record, "log": log,
             "probes": probes,
             "ner": read_jsonl(folder / "ner.jsonl", "mode", "train", "test", "seed", "step", "f1")}
 
@@ -50,12 +50,15 @@ def read_run(folder):
 def read_groups(groups):
     """The runs of [[folder, ...], ...], those of a group in the order of their seeds."""
     given = " ".join(",".join(map(str, folders)) for folders in groups)
-    require(1 <= len(groups) <= 2 and all(groups),
-            f"give one or two groups of runs, each of folders with commas between; got {given or 'none'}")
+    require(groups and all(groups), f"give the folders of runs, or groups of them with commas between; got "
+                                    f"{given or 'none'}")
     paths = [Path(folder).resolve() for folders in groups for folder in folders]
     require(len(set(paths)) == len(paths), f"a run is named twice in {given}")
-    return [sorted(map(read_run, folders), key=lambda run: (run["seed"] is None, run["seed"]))
-            for folders in groups]
+    return [sorted(map(read_run, folders), key=by_seed) for folders in groups]
+
+
+def by_seed(run):
+    return run["seed"] is None, run["seed"]
 
 
 def group_names(groups):

@@ -1,5 +1,6 @@
 """What can go wrong with a run while it trains, and what then happens: it stops between two updates."""
 import math
+import os
 import signal
 from shlex import quote
 
@@ -26,11 +27,12 @@ class Watch:
 
     def __init__(self, cfg, progress, log):
         self.cfg, self.progress, self.log = cfg, progress, log
-        self.signals, self.unreadable, self.look = [], None, True
+        self.signals, self.unreadable, self.look, self.rates = [], None, True, []
 
     def __enter__(self):
         def on_signal(number, frame):
             self.signals.append(number)
+            os.write(2, b"finishing the step; a second Ctrl-C kills\n")  # print() may be at work just now
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
         numbers = [signal.SIGINT, signal.SIGTERM]
@@ -99,8 +101,16 @@ class Watch:
         return (f"Start again in another --out_dir{start}, with a lower lr (here {self.cfg.lr:g}) or "
                 f"inner_lr ({self.cfg.inner_lr:g})")
 
-    def warn_if_stuck(self, line):
-        """Warns where the query loss was at ln N in five log lines in a row; never during warm-up."""
+    def look_at(self, line):
+        """Warns where the query loss was at ln N in five log lines in a row, never during warm-up; and where
+        three lines in a row are less than half as fast as this process was in most lines.
+        """
+        self.rates.append(line["tok_per_s"])
+        usual = sorted(self.rates)[len(self.rates) // 2]
+        if len(self.rates) > 6 and 2 * max(self.rates[-3:]) < usual:
+            print0(f"note      {self.rates[-1]:,.0f} tok/s, after {usual:,.0f}: "
+                   "does another process use these cores? OMP_NUM_THREADS=1 loses less then")
+            self.rates = []  # from here on that is the rate
         if "meta/query_loss" in line and self.progress.step > self.cfg.warmup_steps:
             ln_n = math.log(line.get("meta/ways", self.cfg.ways))
             is_stuck = line["meta/query_loss"] > 0.99 * ln_n

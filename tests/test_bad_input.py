@@ -159,12 +159,13 @@ eval_ner | {tmp}/notes.txt | notes.txt
 eval_ner | {run} --mode=half | mode must be one of full, head, majority
 eval_ner | {run} --shots=many | shots must be numbers of sentences
 eval_ner | {run} --lr=-1 | lr must be positive
-report |  | give one or two groups of runs
+report |  | give the folders of runs
+report | {tmp}/folder.py | {tmp}/folder.py holds no run
+report | {run} {run} | a run is named twice
 report | {tmp}/none | {tmp}/none
 report | {tmp}/texts | {tmp}/texts/log.jsonl: expected numbers, got ["step 3: val/loss = 'low'"]
 report | {tmp}/run.py | {tmp}/run.py holds no run
-report | {run} {run} {run} | give one or two groups of runs
-report | {run} --out= | out must not be empty
+report | {run} {run} {run} | {run} holds no run with a validation loss
 probes |  | name one run's folder
 probes | a b | got a, b
 probes | {tmp}/none | no checkpoint in {tmp}/none

@@ -396,7 +396,7 @@ def test_a_second_preparation_takes_what_the_first_has_written(tmp_path, monkeyp
 # ---- what it says ----
 
 
-@pytest.mark.parametrize("max_tokens, left", [(10_000_000, ["0.8", "0.6"]), (0, ["2.8", "1.6"])])
+@pytest.mark.parametrize("max_tokens, left", [(10_000_000, ["0:48", "0:36"]), (0, ["2:48", "1:36"])])
 def test_progress_is_a_line_every_ten_seconds(tmp_path, monkeypatch, capsys, max_tokens, left):
     monkeypatch.setattr(prepare, "time", SimpleNamespace(perf_counter=lambda: 0))
     (tmp_path / "a.txt").write_bytes(b"1234567890")
@@ -408,5 +408,5 @@ def test_progress_is_a_line_every_ten_seconds(tmp_path, monkeypatch, capsys, max
             progress.show({"train": SimpleNamespace(total=i * 10**6)})
             file.seek(2 * i)
         progress.opened(file)
-    said = [f"x: {m}.0 M tokens, 0.17 M tokens/s, {minutes} min left" for m, minutes in zip((2, 4), left)]
+    said = [f"x: {m}.0 M tokens, 0.17 M tokens/s, {minutes} left" for m, minutes in zip((2, 4), left)]
     assert progress.before == 10 and capsys.readouterr().err.splitlines() == said

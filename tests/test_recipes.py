@@ -123,7 +123,7 @@ CHECKS = {
         x = torch.nn.functional.normalize(outputs[1], dim=1)
         assert metrics["anisotropy/resid/01"] == pytest.approx((x @ x.T).mean().item(), abs=1e-5)
         assert all("anisotropy/resid/00" in line for line in lines("probes.jsonl"))
-        assert "anisotropy/resid" in report.write([["run"]], "report")
+        assert "anisotropy/resid" in report.write(["run"], "report")[0]
         fig = drawing.figure(runs.read_groups([["run"]]), ["run"])
         titles = [ax.get_title() for part in fig.subfigs for ax in part.get_axes()]
         assert any("anisotropy/resid" in title for title in titles), titles
@@ -205,7 +205,7 @@ CHECKS = {
         [line] = lines("induction.jsonl")
         score = eval_induction.accuracy(checkpoint.load_model(state))
         assert line["step"] == 6 and line["score"] == score < 0.1
-        text = report.write([["run"]], "report")
+        text = report.write(["run"], "report")[0]
         assert "## Induction" in text and "accuracy on the second copy" in text
         """,
 }

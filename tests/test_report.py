@@ -1,4 +1,5 @@
 """report.py, and nanomaml's runs, stats, phases and drawing, on runs and curves whose answers are known."""
+import csv
 import json
 import math
 import subprocess
@@ -10,7 +11,8 @@ import pytest
 from scipy import stats as scipy_stats
 
 import report
-from nanomaml import config, drawing, phases, runs, stats
+from nanomaml import compare, config, drawing, phases, runs, stats
+from nanomaml.config import UserError
 
 STEPS = np.arange(0, 1000, 20)
 RISE_AND_FALL = "diversify-then-compress"
@@ -126,6 +128,80 @@ def test_no_report_is_lost_to_a_name(tmp_path):
     drawing.figure(groups, [name]).savefig(tmp_path / "a.png")
 
 
+PAIRS = [  # what differs in the second run, the mark, and what is then not compared
+    ({}, "", ()),
+    ({"record": {"validation": {"val": "2"}}}, "other text", ("loss", "speedup", "accuracy")),
+    ({"record": {"tokenizer": "u"}}, "other text", ("loss", "speedup", "accuracy")),
+    ({"config": {"init_from": "out/a"}}, "other start", ()),
+    ({"config": {"max_steps": 500}}, "unfinished", ()),
+    ({"record": {"lengths": [100]}}, "lengthened", ()),
+    *[({"config": {key: 3}}, "other instrument", ("accuracy",)) for key in (
+        "eval_ways", "eval_shots", "inner_lr", "word_targets", "max_word_share")],
+    ({"log": {"final/ways": 7}}, "other instrument", ("accuracy",)),
+    ({"log": {"final/words": 4}}, "other instrument", ("accuracy",)),
+]
+
+
+@pytest.mark.parametrize("change, mark, absent", PAIRS)
+def test_what_must_not_be_compared_is_not_or_is_marked(tmp_path, change, mark, absent):
+    """Other text gave "-1.472 nats at equal FLOPs", four words against 16 ways "+0.383", without a word."""
+    groups = two_groups(tmp_path, speed=[1.5, 1.0], episodes=True, domains="xy")
+    gain = f"{8 * (61**-0.3 - 41**-0.3):.3f}"
+    for [run] in groups:
+        run["config"] |= {"max_steps": 400, "init_from": "", "eval_ways": 16}
+        run["record"] |= {"validation": {"val": "1"}, "tokenizer": "t"}
+        run["log"][-1] |= {"final/ways": 16, "final/words": 64}
+    run["config"] |= change.get("config", {})
+    run["record"] |= change.get("record", {})
+    run["log"][-1] |= change.get("log", {})
+    text, titles = tables(groups), [ax.get_title() for ax in panels(groups)]
+    for what, start, title in (("loss", "| validation loss at equal", "by domain"),
+                               ("speedup", "## Speedup", "speedup"),
+                               ("accuracy", "| query acc", "query acc")):
+        shown = any(line.startswith(start) for line in text.splitlines())
+        assert shown == any(title in panel for panel in titles) == (what not in absent), what
+    assert (f"**{mark.capitalize()}.**" in text) == bool(mark) and ("** " in text) == bool(mark)
+    assert row(text, "validation loss, nats")[2:] == (["", ""] if "loss" in absent else [gain, ""])
+    if mark and mark != "other instrument":
+        assert f"nats [{mark}]" in text and f"validation loss [{mark}]" in titles[0]
+
+
+def test_vanilla_is_the_baseline_wherever_it_stands(tmp_path):
+    """Named first, it was the hero: "1.24 times sooner"."""
+    folders = [write_run(tmp_path / name, seed=1) for name in ("vanilla", "hybrid")]
+    for folder, share in zip(folders, (0.0, 0.5)):
+        Path(folder, "config.json").write_text(json.dumps({"seed": 1, "meta_share": share}))
+    for given in (folders, folders[::-1]):
+        groups, names = compare.read(given)
+        assert names == ["hybrid", "vanilla"] and groups[1][0]["config"]["meta_share"] == 0
+    assert row(report.tables(groups, names), "meta_share") == ["0.5", "0"]
+
+
+@pytest.mark.parametrize("given", [["{}"], ["{}/*"], ["{}/a", "{}/b/1", "{}/b/2", "{}/c"]])
+def test_a_sweep_is_grouped_by_what_differs(tmp_path, given, capsys):
+    """A folder, a quoted glob and three groups ended in errors. Runs that differ in the seed are a group."""
+    out = tmp_path / "out"
+    for name, seed, lr in (("a", 1, 0.1), ("b/1", 1, 0.2), ("b/2", 2, 0.2), ("c", 1, 0.3)):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        write_run(out / name, speed=10 * lr, seed=seed, ner=0.5)
+        settings = {"seed": seed, "lr": lr, "max_steps": 400, "keep": lr}
+        (out / name / "config.json").write_text(json.dumps(settings))
+    (out / "begun").mkdir()
+    (out / "begun" / "log.jsonl").write_text('{"step": 0}\n')
+    groups, names = compare.read([text.format(out) for text in given])
+    assert names == ["lr=0.1", "lr=0.2", "lr=0.3"] and [*map(len, groups)] == [1, 2, 1]
+    report.main([*(text.format(out) for text in given), f"--out={tmp_path}/x", "--sort", "loss"])
+    table = list(csv.DictReader((tmp_path / "x.csv").open()))
+    assert [line["lr"] for line in table] == ["0.3", "0.2", "0.2", "0.1"] and "keep" not in table[0]
+    assert {line["state"] for line in table} == {"finished"} and float(table[0]["F1"]) > 40
+    text = (tmp_path / "x.md").read_text()
+    cells = row(text, "validation loss, nats")
+    assert len(cells) == 3 and cells[0] == f"2.626 (+{2.626 - 8 * 121**-0.3:.3f})"
+    assert "begun" not in text and len(given) > 2 or "left out" in capsys.readouterr().err
+    with pytest.raises(UserError, match="sort = 'size' is none of the columns run, group"):
+        report.main([str(out), "--sort=size", f"--out={tmp_path}/x"])
+
+
 @pytest.mark.parametrize(("n", "m"), [(2, 2), (3, 3), (3, 7), (20, 5)])
 def test_difference_equals_scipy(n, m):
     for seed in range(20):
@@ -174,8 +250,9 @@ def test_the_answer_comes_first(tmp_path):
                 line["final/mask_query_acc"] = 0.3 + 0.05 * (i == (1 if shift else 2))
                 line["final/context_query_acc"] = 0.4 - 0.2 * shift + 0.001 * i * shift
                 line["final/context_new_query_acc"] = 0.2 + 0.2 * shift + 0.001 * i * shift
-    title, table, *_ = tables(groups).split("\n\n")
-    assert title == "# a against b" and row(table, "curves that")[:2] == ["4 of 5", "4 of 5"]
+    title, same, table, *_ = tables(groups).split("\n\n")
+    assert title == "# a against b" and same == "The runs differ in no setting but the seed."
+    assert row(table, "curves that")[:2] == ["4 of 5", "4 of 5"]
     for label, difference, significant in (
             *((f"validation loss at equal {axis} ", 0.5, True) for axis in ("LM tokens", "FLOPs", "seconds")),
             ("query accuracy on held-out text, before the word", -0.1, True),
@@ -184,7 +261,8 @@ def test_the_answer_comes_first(tmp_path):
         *_, shown, p = row(table, label)
         assert float(shown) == pytest.approx(difference, abs=0.002) and (float(p) < 0.05) == significant
     alone = row(tables([group[:1] for group in groups]), "validation loss at equal FLOPs  ")
-    assert alone[2:] == ["+0.500", ""] and "at equal" not in tables(groups[:1])  # of one run no test
+    assert alone[2:] == ["+0.500", ""] and "at equal" not in tables(groups[:1])
+    assert tables([group[:1] for group in groups]).count("One run in a group: no test") == 1
 
 
 def test_losses_are_compared_where_both_runs_are_and_the_schedule_is_said(tmp_path):
@@ -237,10 +315,9 @@ def test_a_probe_of_any_name_is_shown(tmp_path):
     assert text.index("| norm/resid ") > text.index("| effective rank, down_proj")
     assert row(text, "curves that")[0] == "8 of 10"  # those that the paper speaks of
     titles = [ax.get_title().split(") ")[1] for ax in panels(groups)]
-    assert titles.count("norm/resid") == 2 and titles[-2:] == ["effective rank, down_proj", "norm/resid"]
+    assert titles[5:8] == ["attention entropy", "norm/resid", "effective rank, v_proj"]
     groups[0][0]["probes"][0] |= {f"probe{i}/00": 1.0 for i in range(30)}
-    letters = [ax.get_title().split()[0] for ax in panels(groups)]  # more panels than letters
-    assert letters[25:27] == ["(z)", "(aa)"] and len(set(letters)) == len(letters)
+    assert len(panels(groups)) == 12 and len(panels(groups[:1])) == 11, "and a legend"
 
 
 def test_ner_of_both_with_differences(tmp_path):
@@ -253,14 +330,23 @@ def test_ner_of_both_with_differences(tmp_path):
         for settings in ("label first, lr 0.001", "shots 8, label first, bidirectional True, lr 0.001"):
             assert f"## Universal NER, {mode}, trained on da_ddt ({settings})" in text
         for shots, ours, theirs in (("all", "21.0 ± 1.4", "12.0 ± 0.0"), ("8", "31.0 ± 1.4", "22.0 ± 0.0")):
-            label = f"mean F1 on Universal NER ({mode}, da_ddt, {shots} sentences; treebanks: 2)"
-            assert row(text, label) == [ours, theirs, "+9.0", "0.07"]
+            for what in ("in-language", "zero-shot"):  # English was pooled with zero-shot treebanks
+                label = f"mean F1 on Universal NER, {what} ({mode}, da_ddt, {shots} sentences; treebanks: 1)"
+                assert row(text, label) == [ours, theirs, "+9.0", "0.07"]
     assert row(text, "en_ewt")[:3] == ["21.0 ± 1.4", "12.0 ± 0.0", "+9.0"]
+    assert "| da_ddt (in-language)" in text
+    assert report.in_language("en_ewt:dev,hr_set", "en_pud") and report.in_language("all", "zh_pud")
+    assert not report.in_language("en_ewt", "ceb_gja") and not report.in_language("all", "tl_trg")
     groups[0][0]["ner"] = []  # a run that was not scored leaves the others' means, but no answer
     assert row(tables(groups), "en_ewt")[:2] == ["22.0", "12.0 ± 0.0"] and "mean F1" not in tables(groups)
+    (groups[1][0]["ner"], groups[1][1]["ner"]), kept = ([], []), groups[0][1]["ner"]
+    groups[0][1]["ner"] = [*kept, *(line | {"mode": "majority", "f1": 0.125} for line in kept)]
+    text = tables(groups)
+    assert row(text, "en_ewt") == ["22.0", "", "", ""], "few-shot rows of a run that stands alone"
+    assert row(text, "no model: each word's most frequent tag")[0] == "12.5"
     for line in groups[0][1]["ner"]:
         line["tags"] = "MISC,PER"
-    assert "NER" not in tables(groups), "scores of other tag sets"
+    assert "mean F1" not in tables(groups), "scores of other tag sets"
     assert "(tags MISC,PER, label first, lr" in tables(groups[:1])
 
 
@@ -282,9 +368,11 @@ def test_runs_that_do_not_match_are_reported_all_the_same(tmp_path):
 
 
 @pytest.mark.parametrize(("options", "shown"), [
-    ({"layers": 2}, [3, 1, 3, 2, 3, 2]), ({"layers": 0}, [3, 1]),
-    ({"layers": 12, "domains": "xyz", "episodes": True}, [3, 3, 1, 3, 2, 3, 2])])
+    ({"layers": 2}, [3, 3, 3]), ({"layers": 0}, [3, 1]),
+    ({"layers": 12, "domains": "xyz", "episodes": True}, [3, 3, 3, 3])])
 def test_the_figure_has_the_panels_there_are_data_for(tmp_path, options, shown):
+    """Curves of both groups lie over each other; of one run all layers are shown, with their phases."""
+    (tmp_path / "more").mkdir()
     fig = drawing.figure(two_groups(tmp_path, speed=[1.5, 1.0], **options), ["a", "b"])
     assert [sum(ax.get_title() != "" for ax in part.get_axes()) for part in fig.subfigs] == shown
     axes = [ax for ax in fig.axes if ax.get_title()]
@@ -295,7 +383,13 @@ def test_the_figure_has_the_panels_there_are_data_for(tmp_path, options, shown):
         assert ax.lines[0].get_xydata()[-1] == pytest.approx([400 * factor, 8 * 61**-0.3])
         assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
     assert axes[3].lines[0].get_ydata()[-1] == pytest.approx(1.5, rel=0.01)
-    for resid in (ax for ax in axes if "residual" in ax.get_title()):
+    for resid in (ax for ax in axes if "residual" in ax.get_title()):  # both groups, first to last layer
+        drawn = [(line.get_color(), line.get_linestyle()) for line in resid.lines if len(line.get_xdata())]
+        assert {color for color, _ in drawn} == set(drawing.COLORS[:2])
+        assert len(drawn) == len(set(drawn)) == 2 * min(3, options["layers"])
+    [alone] = [ax for ax in drawing.figure(two_groups(tmp_path / "more", **options)[:1], ["a"]).axes
+               if "residual" in ax.get_title()] or [None]
+    for resid in filter(None, [alone]):
         peaks = [float(np.ravel(line.get_xdata())[0]) for line in resid.lines if line.get_marker() == "^"]
         assert peaks == [100 + 10 * layer for layer in range(options["layers"])]
     assert drawing.y_limits([(STEPS, 2.0 * (STEPS < 90) + (STEPS > 900))]) == pytest.approx((-0.05, 1.05))
@@ -306,8 +400,9 @@ def test_the_command_writes_markdown_and_a_figure(tmp_path):
     Groups of one name are told apart."""
     assert runs.group_names([["x/run"], ["y/run"]]) == ["x/run", "y/run"]
     assert runs.group_names([["x/run-1", "x/run-2"], ["y/a/1", "y/a/2"]]) == ["run", "a"]
-    text = report.write([[write_run(tmp_path / "a")]], tmp_path / "a" / "report")
-    assert text.startswith("# a\n") and "## Phases of a" in text and "Speedup" not in text
+    text, out = report.write([write_run(tmp_path / "a")])
+    assert out == tmp_path / "a" / "report" and text.startswith("# a\n")
+    assert "## Phases of a" in text and "Speedup" not in text
     assert (tmp_path / "a" / "report.md").read_text() == text + "\n![a](<report.png>)\n"
     a, b = [write_run(tmp_path / f"lr=1-{i}", speed=1.5) for i in (1, 2)], write_run(tmp_path / "b")
     code = "import sys, report; report.main(sys.argv[1:]); assert 'torch' not in sys.modules"
@@ -325,7 +420,7 @@ def test_bad_input_is_reported_in_one_line(tmp_path, capsys, monkeypatch):
         damaged.append(write_run(tmp_path / f"damaged-{len(damaged)}", layers=0))
         Path(damaged[-1], "log.jsonl").write_bytes(line + b"\n" + Path(a, "log.jsonl").read_bytes())
     assert runs.read_run(damaged.pop())["log"][0] == {"step": 3}  # not finite: as if it was not there
-    for given, message in (([], "one or two groups of runs"), ([",", a], "one or two groups of runs"),
+    for given, message in (([], "give the folders of runs"), ([",", a], "give the folders of runs"),
                            (["no/such"], "no/such holds no run with a validation loss in log.jsonl"),
                            ([f"{a},{a}"], f"a run is named twice in {a},{a}"),
                            ([a, f"--out={a}/log.jsonl/x"], "log.jsonl"), ([a, "--out=."], "without ending"),

@@ -29,7 +29,7 @@ WEIGHTS = ("model", "learner", "optimizers")
 
 
 def test_a_run_writes_what_others_read(whole):
-    names = "ckpt_000005.pt ckpt_000010.pt config.json lock log.jsonl probes.jsonl tokenizer.json"
+    names = "ckpt_000005.pt ckpt_000010.pt config.json lock log.jsonl probes.jsonl run.json tokenizer.json"
     assert sorted(path.name for path in whole.iterdir()) == names.split()
     lines = log(whole)
     training = [line for line in lines if "lr" in line]
@@ -49,6 +49,10 @@ def test_a_run_writes_what_others_read(whole):
     assert {"rank/resid/01", "rank/v_proj/00", "entropy/01/01"} <= log(whole, "probes.jsonl")[0].keys()
     assert json.loads((whole / "config.json").read_text()) == checkpoint.newest(whole)["config"]
     assert data.load_tokenizer(str(whole)).n_vocab == TOY_VOCAB
+    facts = json.loads((whole / "run.json").read_text())
+    assert facts["state"] == "finished" and facts["command"] and facts["torch"] == torch.__version__
+    assert len(facts["tokenizer"]) == 16 and facts["validation"].keys() == {"val"} and facts["ranks"] == 1
+    assert facts["started"] <= facts["updated"] and len(facts.get("commit", "x" * 40)) == 40
 
 
 def test_without_probes_and_evaluation_and_with_other_intervals_training_is_the_same(toy, tmp_path, whole):
@@ -86,7 +90,7 @@ def test_measuring_the_checkpoints_gives_what_was_measured_live(toy, whole, tmp_
     test = AdaptationTest(toy_config(), data.open_corpus(toy)[1], data.load_tokenizer(toy))
     measured = test.measure(checkpoint.load_model(whole), torch.float32, is_last=True)
     assert {"adapt/query_loss", "adapt/new_query_acc", "final/mask_query_acc"} <= measured.keys()
-    logged = {key: x for key, x in log(whole)[-1].items() if "query" in key}
+    logged = {key: x for key, x in log(whole)[-1].items() if key.startswith(("adapt/", "final/"))}
     assert logged == pytest.approx(measured, abs=1e-6)
 
 
@@ -130,7 +134,7 @@ def test_no_name_of_a_domain_meets_that_of_a_metric(toy, tmp_path, capsys):
     assert {key for key in line if key.startswith("val/")} == {"val/loss", *(f"val/{name}" for name in names)}
     assert all(line[f"val/{name}"] == pytest.approx(line["val/loss"]) for name in names)
     shown, best = capsys.readouterr().out, {}
-    text = report.write([[str(tmp_path / "one")]], tmp_path / "report")
+    text = report.write([tmp_path / "one"], tmp_path / "report")[0]
     for name in names:
         assert f"val/{name} {line['val/loss']:.4f}" in shown and f"validation loss, {name}" in text
     wandb_logs.update_best(best, {"val/news_acc": 2.0, "adapt/query_acc": 0.5})
