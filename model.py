@@ -53,21 +53,6 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
 
-class KeyValueCache:
-    """The keys and values (B, G, T, C) of one layer for the T positions read so far, at most `size`."""
-
-    def __init__(self, size):
-        self.size, self.length = size, 0
-
-    def append(self, k, v):
-        """Adds those of the next positions, and returns all."""
-        if self.length == 0:
-            self.k, self.v = (x.new_empty(*x.shape[:2], self.size, x.shape[3]) for x in (k, v))
-        start, self.length = self.length, self.length + k.shape[2]
-        self.k[:, :, start:self.length], self.v[:, :, start:self.length] = k, v
-        return self.k[:, :, :self.length], self.v[:, :, :self.length]
-
-
 class Attention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
@@ -97,10 +82,8 @@ class Attention(nn.Module):
                 q.to(dtype), k.to(dtype), v.to(dtype), attn_mask=mask,
                 is_causal=mask is None and q.shape[2] > 1, enable_gqa=True).to(v.dtype)
 
-    def forward(self, x, cos, sin, mask=None, last=False, cache=None):
+    def forward(self, x, cos, sin, mask=None, last=False):
         q, k, v = self.qkv(x, cos, sin, last)
-        if cache is not None:
-            k, v = cache.append(k, v)
         y = self.attend(q, k, v, mask)
         return self.o_proj(y.transpose(1, 2).flatten(-2))  # (B, H, T or 1, C) -> (B, T or 1, D)
 
@@ -124,8 +107,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(cfg.d_model, cfg.norm_eps)
         self.mlp = MLP(cfg)
 
-    def forward(self, x, cos, sin, mask=None, last=False, cache=None):
-        attended = self.self_attn(self.input_layernorm(x), cos, sin, mask, last, cache)
+    def forward(self, x, cos, sin, mask=None, last=False):
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, mask, last)
         x = (x[:, -1:] if last else x) + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -146,12 +129,11 @@ class Backbone(nn.Module):
         self.register_buffer("cos", angle.cos().float(), persistent=False)
         self.register_buffer("sin", angle.sin().float(), persistent=False)
 
-    def positions(self, T, start=0):
-        """cos and sin of the T positions from `start` on, each (T, C)."""
-        end = start + T
-        if end > len(self.cos):
-            raise ValueError(f"{end} positions given, the model reads at most context = {len(self.cos)}")
-        return self.cos[start:end], self.sin[start:end]
+    def positions(self, T):
+        """cos and sin of T positions, each (T, C)."""
+        if T > len(self.cos):
+            raise ValueError(f"{T} positions given, the model reads at most context = {len(self.cos)}")
+        return self.cos[:T], self.sin[:T]
 
     def mask(self, T):
         """Which keys each of T positions sees: bool (T, T), or None where it is all up to itself.
@@ -160,23 +142,21 @@ class Backbone(nn.Module):
         """
         return None
 
-    def forward(self, ids, visible=None, last=False, caches=None):
+    def forward(self, ids, visible=None, last=False):
         """ids (B, T) -> (B, T, D).
 
         visible (B, T) bool takes the place of the mask: every position attends to all that are True, the rest
-        is padding. last: the last position's features alone, (B, 1, D). caches: a KeyValueCache of each
-        layer, filled by this call; where they hold positions already, ids (B, 1) is the next one.
+        is padding. last: the last position's features alone, (B, 1, D).
         """
-        start, T = caches[0].length if caches else 0, ids.shape[1]
-        if start > 0 and T > 1:
-            raise ValueError(f"{T} positions given after {start} in the cache: give one at a time")
-        rope = self.positions(T, start)
-        mask = self.mask(start + T) if visible is None else visible[:, None, None]  # or (B, 1, 1, T)
-        caches = caches or [None] * len(self.layers)
+        rope = self.positions(ids.shape[1])
+        mask = self.mask(ids.shape[1]) if visible is None else visible[:, None, None]  # or (B, 1, 1, T)
         x = self.embed_tokens(ids)  # (B, T, D)
-        for layer, cache in zip(self.layers[:-1], caches):
-            x = layer(x, *rope, mask, cache=cache)
-        return self.norm(self.layers[-1](x, *rope, mask, last=last, cache=caches[-1]))
+        for layer in self.layers[:-1]:
+            x = layer(x, *rope, mask)
+        return self.norm(self.layers[-1](x, *rope, mask, last))
+
+
+PIECE = 32  # rows of logits
 
 
 def softmax_loss(logits, target, dtype):
@@ -184,6 +164,13 @@ def softmax_loss(logits, target, dtype):
 
     The gradient is in `dtype`, everything in between in float32 at least; the logits may be overwritten.
     """
+    if logits.device.type == "cpu" and len(logits) > PIECE and dtype != torch.float32:
+        losses = []  # what stays in the processor's cache in float32 need not go through memory
+        for piece, labels in zip(logits.split(PIECE), target.split(PIECE)):
+            loss, grad = softmax_loss(piece, labels, dtype)
+            losses.append(loss)
+            piece.copy_(grad)
+        return torch.stack(losses).sum(), logits
     x = logits.to(torch.promote_types(dtype, torch.float32))
     target_logit, largest = x.gather(1, target[:, None]), x.amax(1, keepdim=True)  # (n, 1)
     p, target_logit = x.sub_(largest).exp_(), target_logit - largest
@@ -265,9 +252,9 @@ class Decoder(nn.Module):
                 std = 0.02 / math.sqrt(2 * self.cfg.n_layers) if writes else 0.02
                 nn.init.normal_(parameter, std=std, generator=generator)
 
-    def hidden(self, ids, visible=None, last=False, caches=None):
+    def hidden(self, ids, visible=None, last=False):
         """ids (B, T) -> features before the output layer (B, T, D); the rest as in `Backbone`."""
-        return self.model(ids, visible, last, caches)
+        return self.model(ids, visible, last)
 
     def forward(self, ids, targets=None):
         """ids (B, T) -> logits (B, T, V); with targets (B, T), the mean cross-entropy in nats instead."""
@@ -280,8 +267,8 @@ class Decoder(nn.Module):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         # More rows: fewer passes over the weight's gradient. Fewer: less memory.
         rows = 4096 if kind == "cuda" else 512
-        # Compiled, it would copy float32 logits back and forth.
-        softmax = softmax_loss if dtype == torch.float32 else self.softmax_loss
+        # Compiled it is faster on a GPU alone; elsewhere it would copy float32 logits back and forth.
+        softmax = self.softmax_loss if kind == "cuda" else softmax_loss
         return OutputLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), dtype, rows,
                                 torch.is_grad_enabled(), softmax)
 
@@ -310,16 +297,10 @@ class Decoder(nn.Module):
         """Yields n tokens (B, 1) that follow ids (B, T), one by one.
 
         temperature 0: always the likeliest token. top_k: of the likeliest k alone. Each token is drawn after
-        the `context` tokens before it. Within the context keys and values are kept; past it every position
-        moves by one for each token, so the whole window is read anew.
+        the `context` tokens before it, which are read anew; an export generates faster.
         """
-        size = min(self.cfg.context, ids.shape[1] + n)
-        caches = [KeyValueCache(size) for _ in self.model.layers]
-        unread = ids
         for _ in range(n):
-            if ids.shape[1] > self.cfg.context:
-                caches, unread = None, ids[:, -self.cfg.context:]
-            x = self.hidden(unread, last=True, caches=caches)
+            x = self.hidden(ids[:, -self.cfg.context:], last=True)
             logits = self.lm_head(x[:, 0]).float()  # (B, V)
             if temperature == 0:
                 new = logits.argmax(-1, keepdim=True)
@@ -329,4 +310,4 @@ class Decoder(nn.Module):
                     logits = logits.masked_fill(logits < kth, -math.inf)
                 new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
             yield new
-            ids, unread = torch.cat((ids, new), dim=1), new
+            ids = torch.cat((ids, new), dim=1)

@@ -138,9 +138,8 @@ def print_results(cfg, corpus, learner, tokenizer, prompt, metrics):
             at, before = (f"{metrics[f'final/{place}_{kind}query_acc']:.3f} ± "
                           f"{metrics.get(f'final/{place}_{kind}query_acc_error', math.nan):.3f}"
                           for place in ("mask", "context"))
-            ways, n_words = metrics[f"final/{kind}ways"], metrics[f"final/{kind}words"]
-            print(f"          query accuracy on {words}, final: {at} at the mask, {before} before the word "
-                  f"({n_words} words, {ways}-way, chance {1 / ways:.3f})")
+            print(f"          final query accuracy, {words}: {at} at the mask, {before} before the word; "
+                  f"chance {1 / metrics[f'final/{kind}ways']:.3f}")
     if cfg.meta_share > 0:
         print("          compare with a run of configs/vanilla.py to see what episodes bring")
     if tokenizer is not None:

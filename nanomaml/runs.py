@@ -17,6 +17,7 @@ LABELS = {  # of the curves that train.py writes, in the order in which they are
     **{f"rank/{name}": f"effective rank, {name}" for name in WEIGHTS},
     **{f"rank/grad_{name}": f"effective rank, gradient of {name}" for name in WEIGHTS},
 }
+LAYER = re.compile(r"(?!entropy_nats/)(.+?)/(\d\d+)(/\d+)?")  # <what>/<layer>[/<head>]; not `entropy` twice
 # Where a word is read in the episodes on held-out text, and how its line is drawn. Language modelling trains
 # the position before it; only episodes train the mask.
 READ_OUTS = {"context": ("before the word", "-"), "mask": ("at the mask", "--")}
@@ -117,7 +118,7 @@ def layer_curves(runs):
     for run in runs:
         metrics = defaultdict(list)  # (kind, layer): its metrics, one a head where there are heads
         for key in dict.fromkeys(key for line in run["probes"] for key in line):
-            if name := re.fullmatch(r"(?!entropy_nats/)(.+?)/(\d\d+)(/\d+)?", key):  # not `entropy` twice
+            if name := LAYER.fullmatch(key):
                 metrics[name[1], name[2]].append(key)
         for (kind, layer), keys in metrics.items():
             points = [(line["step"], np.mean([line[key] for key in keys])) for line in run["probes"]

@@ -1,4 +1,6 @@
-from dataclasses import dataclass, replace
+"""nanomaml/config.py: settings from files, flags and runs' folders, with the types that are declared."""
+import json
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -32,6 +34,36 @@ def test_values_take_their_declared_type():
     assert type(cfg.lr) is float and load("--compile=None").compile is None
     assert load("--first_order").first_order, "a switch needs no value"
     assert load("--d_model=48").d_hidden == 192 and load("--d_model=48", "--d_hidden=7").d_hidden == 7
+
+
+def test_flags_as_people_type_them():
+    cfg = load("--lr", "1e-3", "--max_steps", "1e3", "--compile", "--data", "a b", "--ways=8")
+    assert (cfg.lr, cfg.max_steps, cfg.compile, cfg.data, cfg.ways) == (1e-3, 1000, True, "a b", 8)
+    assert type(cfg.max_steps) is int
+    refuses(lambda: load("--max_steps=1.5e0"), "max_steps must be int, got '1.5e0'")
+    assert config.operands(Config, ["a", "--seed", "3", "b"]) == (["a", "b"], ["--seed=3"])
+
+
+def test_updates_may_be_a_share_of_the_run():
+    """A shorter run is one flag."""
+    cfg = load("--max_steps=400", "--warmup_steps=0.1", "--meta_start=0.5")
+    assert (cfg.warmup_steps, cfg.meta_start) == (40, 200) and type(cfg.meta_start) is int
+    assert load().warmup_steps == 2500 and load("--warmup_steps=7").warmup_steps == 7
+    assert load(str(CONFIGS / "demo.py"), "--max_steps=50").meta_start == 25
+    refuses(lambda: load("--warmup_steps=1.5"), "a number of updates, or below 1 a share of max_steps")
+
+
+def test_a_runs_folder_stands_for_its_settings(tmp_path):
+    run = tmp_path / "moved"
+    run.mkdir()
+    settings = asdict(load("--max_steps=400", "--warmup_steps=0.1", "--lr=0.5")) | {"out_dir": "elsewhere"}
+    (run / "config.json").write_text(json.dumps(settings))
+    cfg = load(str(run), "--max_steps=800")
+    assert (cfg.lr, cfg.max_steps, cfg.warmup_steps, cfg.out_dir) == (0.5, 800, 40, str(run))
+    for text, says in (("[1]", "is not that of a run"), ("{", "is not that of a run"), ("[" * 10**5, "not"),
+                       ('{"d_modle": 3}', "unknown key 'd_modle' in"), ('{"ways": "x"}', "ways must be int")):
+        (run / "config.json").write_text(text)
+        refuses(lambda: load(str(run)), says)
 
 
 def test_help_lists_every_field_with_default_and_comment(capsys):

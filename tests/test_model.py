@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import train
-from model import Backbone, Decoder, KeyValueCache, ModelConfig
+from model import Backbone, Decoder, ModelConfig
 from nanomaml import config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -155,7 +155,7 @@ def uncached(decoder, ids, n, temperature, top_k, seed):
 
 @pytest.mark.parametrize("temperature, top_k", [(0, None), (1.0, None), (0.7, 5)])
 @pytest.mark.parametrize("T, n", [(1, 10), (56, 12), (90, 3)])
-def test_generate_with_cached_keys_and_values_is_as_without(span, T, n, temperature, top_k):
+def test_generate_is_as_a_plain_loop(span, T, n, temperature, top_k):
     """From one token, past the context of 64, and from a longer prompt."""
     decoder, ids = sharp(SMALL).double(), torch.randint(0, 211, (3, T))
     made = decoder.generate(ids, n, temperature, top_k, torch.Generator().manual_seed(5))
@@ -174,18 +174,7 @@ def test_the_last_position_alone_is_as_among_all(span, layers):
         assert (a - b).abs().max() <= 1e-10 * b.abs().max()
 
 
-def test_within_the_context_each_token_is_read_once():
-    decoder, read = sharp(SMALL), []
-    decoder.model.embed_tokens.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
-    decoder.generate(torch.zeros(2, 50, dtype=torch.long), 18)
-    assert read == [50, *[1] * 14, 64, 64, 64]
-
-
 def test_positions_that_cannot_be_read_are_refused():
     decoder, ids = Decoder(SMALL), torch.zeros(1, 65, dtype=torch.long)
     with pytest.raises(ValueError, match="65 positions given, the model reads at most context = 64"):
         decoder(ids)
-    caches = [KeyValueCache(64) for _ in decoder.model.layers]
-    decoder.hidden(ids[:, :30], caches=caches)
-    with pytest.raises(ValueError, match="2 positions given after 30 in the cache"):
-        decoder.hidden(ids[:, :2], caches=caches)

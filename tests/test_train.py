@@ -180,6 +180,7 @@ def test_a_compiled_run_equals_an_eager_one(toy, tmp_path, flags, monkeypatch, c
     limit it would go on uncompiled. torch.compile has no second derivative.
     """
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))  # no C++
+    monkeypatch.setenv("CXX", sys.executable)
     torch._dynamo.reset()
     graphs, real = [], train.optimizer_step
     monkeypatch.setattr(train, "optimizer_step", lambda *args: graphs.append(
@@ -212,7 +213,7 @@ def test_a_compiled_run_equals_an_eager_one(toy, tmp_path, flags, monkeypatch, c
 
 
 def test_a_signal_finishes_the_step_and_writes_a_checkpoint_from_which_the_run_goes_on(
-        toy, tmp_path, whole, monkeypatch, capsys):
+        toy, tmp_path, whole, monkeypatch, capfd):
     """Stopped by each signal, it ends as if left alone. A second Ctrl-C kills."""
     real, due = train.optimizer_step, []
 
@@ -229,7 +230,9 @@ def test_a_signal_finishes_the_step_and_writes_a_checkpoint_from_which_the_run_g
         state, lines = run(toy, tmp_path)
         assert state["step"] == last == lines[-1]["step"]
         says = f"stopped   at step {last}; the same command resumes from step {last}"
-        assert says in capsys.readouterr().out
+        printed = capfd.readouterr()
+        assert says in printed.out and "finishing the step; a second Ctrl-C kills" in printed.err
+        assert json.loads((tmp_path / "run.json").read_text())["state"] == "stopped"
     due += [signal.SIGINT] * 2
     with pytest.raises(KeyboardInterrupt):
         run(toy, tmp_path)
@@ -239,7 +242,7 @@ def test_a_signal_finishes_the_step_and_writes_a_checkpoint_from_which_the_run_g
     finished = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     run(toy, tmp_path)
     assert finished == {path.name: path.read_bytes() for path in tmp_path.iterdir()}, "it is left alone"
-    assert "the run is finished" in capsys.readouterr().out
+    assert "the run is finished" in capfd.readouterr().out
 
 
 @pytest.fixture(scope="session")
