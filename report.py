@@ -13,8 +13,9 @@ and marked wherever it counts (nanomaml/compare.py). A metric of probes.jsonl na
 evaluation, add a function to SECTIONS: from (groups, their names) to paragraphs of Markdown, [] if the runs
 have nothing for it.
 """
+import csv
+import io
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,6 @@ import numpy as np
 
 from nanomaml import compare, config, drawing, files, phases, runs
 from nanomaml.stats import difference, escaped, markdown, mean_std, speedup
-from nanomaml.treebanks import TRAINABLE
 
 
 @dataclass(frozen=True)
@@ -73,19 +73,13 @@ def ner_rows(groups, tests, options):
     """The mean F1 over treebanks that all runs were scored on, in a language of training and in others."""
     rows, found = [], compare.caveats(groups)
     for is_own, what in ((True, "in-language"), (False, "zero-shot")):
-        complete = [scores for test, scores in tests.items() if in_language(options[0], test) == is_own
+        complete = [scores for test, scores in tests.items() if runs.in_language(options[0], test) == is_own
                     and [*map(len, scores)] == [*map(len, groups)]]
         if complete:
             means = [np.mean([scores[i] for scores in complete], axis=0).tolist() for i in range(len(groups))]
             label = f"mean F1 on Universal NER, {what} ({', '.join(options[1:])}; treebanks: {len(complete)})"
             rows += compared(groups, label + compare.mark(found), means, ".1f")
     return rows
-
-
-def in_language(train, test):
-    """Whether a treebank is in a language that was trained on: en_pud is after --train=en_ewt."""
-    names = TRAINABLE if train == "all" else train.split(",")
-    return re.split("[_:]", test)[0] in {re.split("[_:]", name)[0] for name in names}
 
 
 def answer(groups, names):
@@ -157,7 +151,7 @@ def universal_ner(groups, names):
     paragraphs, scores = [], runs.ner_scores(groups)
     for (mode, train, *rest), tests in scores.items():
         def own(test):
-            return " (in-language)" * in_language(train, test)  # noqa: B023
+            return " (in-language)" * runs.in_language(train, test)  # noqa: B023
 
         rows = [row for test, values in tests.items()
                 for row in compared(groups, escaped(test) + own(test), values, ".1f", whole=False)]
@@ -257,7 +251,9 @@ def write(places, out="", sort=""):
     drawing.figure(found, names).savefig(f"{out}.png")
     files.replace(f"{out}.md", f"{text}\n![{escaped(' against '.join(names))}](<{out.name}.png>)\n")
     if n_runs > 1:
-        files.replace(f"{out}.csv", compare.as_csv(compare.table(found, names, sort)))
+        rows = io.StringIO()
+        csv.writer(rows).writerows(compare.table(found, names, sort))
+        files.replace(f"{out}.csv", rows.getvalue())
     return text, out
 
 

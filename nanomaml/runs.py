@@ -8,6 +8,7 @@ import numpy as np
 
 from nanomaml.config import one_line, require
 from nanomaml.files import parse, read_jsonl
+from nanomaml.treebanks import TRAINABLE
 
 AXES = {"step": "updates", "tokens": "LM tokens", "flops": "FLOPs", "seconds": "seconds of training"}
 WEIGHTS = ("v_proj", "o_proj", "down_proj")
@@ -34,8 +35,6 @@ def read_run(folder):
     """{"path", "seed" (None if unknown), "config", "record", "log", "probes", "ner"} of a run's folder."""
     folder = Path(folder)
     log = read_jsonl(folder / "log.jsonl", "step")
-    require(any("val/loss" in line for line in log),
-            f"{folder} holds no run with a validation loss in log.jsonl")
     probes = read_jsonl(folder / "probes.jsonl", "step")
     for name, lines in (("log.jsonl", log), ("probes.jsonl", probes)):
         wrong = [f"step {line['step']}: {key} = {value!r}" for line in lines for key, value in line.items()
@@ -55,7 +54,14 @@ def read_groups(groups):
                                     f"{given or 'none'}")
     paths = [Path(folder).resolve() for folders in groups for folder in folders]
     require(len(set(paths)) == len(paths), f"a run is named twice in {given}")
-    return [sorted(map(read_run, folders), key=by_seed) for folders in groups]
+    found = [sorted(map(read_run, folders), key=by_seed) for folders in groups]
+    for run in sum(found, []):
+        require(is_measured(run), f"{run['path']} holds no run with a validation loss in log.jsonl")
+    return found
+
+
+def is_measured(run):
+    return any("val/loss" in line for line in run["log"])
 
 
 def by_seed(run):
@@ -134,6 +140,12 @@ def mean_curve(curves):
     end = min(steps[-1] for steps, _ in curves)
     steps = curves[0][0][curves[0][0] <= end]
     return steps, np.mean([np.interp(steps, *c) for c in curves], axis=0)
+
+
+def in_language(train, test):
+    """Whether a treebank is in a language that was trained on: en_pud is after --train=en_ewt."""
+    names = TRAINABLE if train == "all" else train.split(",")
+    return re.split("[_:]", test)[0] in {re.split("[_:]", name)[0] for name in names}
 
 
 def ner_scores(groups):

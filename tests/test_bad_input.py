@@ -165,7 +165,7 @@ report | {run} {run} | a run is named twice
 report | {tmp}/none | {tmp}/none
 report | {tmp}/texts | {tmp}/texts/log.jsonl: expected numbers, got ["step 3: val/loss = 'low'"]
 report | {tmp}/run.py | {tmp}/run.py holds no run
-report | {run} {run} {run} | {run} holds no run with a validation loss
+report | {run} {run} {run} | no run with a validation loss in {run}, {run}
 probes |  | name one run's folder
 probes | a b | got a, b
 probes | {tmp}/none | no checkpoint in {tmp}/none

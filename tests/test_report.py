@@ -178,7 +178,7 @@ def test_vanilla_is_the_baseline_wherever_it_stands(tmp_path):
 
 
 @pytest.mark.parametrize("given", [["{}"], ["{}/*"], ["{}/a", "{}/b/1", "{}/b/2", "{}/c"]])
-def test_a_sweep_is_grouped_by_what_differs(tmp_path, given, capsys):
+def test_a_sweep_is_grouped_by_what_differs(tmp_path, given):
     """A folder, a quoted glob and three groups ended in errors. Runs that differ in the seed are a group."""
     out = tmp_path / "out"
     for name, seed, lr in (("a", 1, 0.1), ("b/1", 1, 0.2), ("b/2", 2, 0.2), ("c", 1, 0.3)):
@@ -193,11 +193,11 @@ def test_a_sweep_is_grouped_by_what_differs(tmp_path, given, capsys):
     report.main([*(text.format(out) for text in given), f"--out={tmp_path}/x", "--sort", "loss"])
     table = list(csv.DictReader((tmp_path / "x.csv").open()))
     assert [line["lr"] for line in table] == ["0.3", "0.2", "0.2", "0.1"] and "keep" not in table[0]
-    assert {line["state"] for line in table} == {"finished"} and float(table[0]["F1"]) > 40
+    assert {line["state"] for line in table} == {"finished"} and not table[0]["zero-shot F1"], "never pooled"
     text = (tmp_path / "x.md").read_text()
     cells = row(text, "validation loss, nats")
     assert len(cells) == 3 and cells[0] == f"2.626 (+{2.626 - 8 * 121**-0.3:.3f})"
-    assert "begun" not in text and len(given) > 2 or "left out" in capsys.readouterr().err
+    assert "begun" not in text
     with pytest.raises(UserError, match="sort = 'size' is none of the columns run, group"):
         report.main([str(out), "--sort=size", f"--out={tmp_path}/x"])
 
@@ -335,8 +335,8 @@ def test_ner_of_both_with_differences(tmp_path):
                 assert row(text, label) == [ours, theirs, "+9.0", "0.07"]
     assert row(text, "en_ewt")[:3] == ["21.0 ± 1.4", "12.0 ± 0.0", "+9.0"]
     assert "| da_ddt (in-language)" in text
-    assert report.in_language("en_ewt:dev,hr_set", "en_pud") and report.in_language("all", "zh_pud")
-    assert not report.in_language("en_ewt", "ceb_gja") and not report.in_language("all", "tl_trg")
+    assert runs.in_language("en_ewt:dev,hr_set", "en_pud") and runs.in_language("all", "zh_pud")
+    assert not runs.in_language("en_ewt", "ceb_gja") and not runs.in_language("all", "tl_trg")
     groups[0][0]["ner"] = []  # a run that was not scored leaves the others' means, but no answer
     assert row(tables(groups), "en_ewt")[:2] == ["22.0", "12.0 ± 0.0"] and "mean F1" not in tables(groups)
     (groups[1][0]["ner"], groups[1][1]["ner"]), kept = ([], []), groups[0][1]["ner"]
