@@ -22,7 +22,6 @@ from model import ModelConfig
 from nanomaml import checkpoint, config, files
 from nanomaml import tokenizer as tokenizers
 from nanomaml.config import UserError, require
-from nanomaml.stats import markdown
 
 # ModelConfig's fields in a config.json of Llama and of pico-decoder (github.com/pico-lm/pico-train), and
 # pico-decoder's modules in Llama.
@@ -156,19 +155,10 @@ def model_config(cfg, special_ids):
 
 
 def model_card(folder, state, parameters):
-    """README.md: the last metrics up to this checkpoint, and the settings of the run."""
-    last = {}
-    for line in files.read_jsonl(folder / "log.jsonl", "step"):
-        last |= line if line["step"] <= state["step"] else {}
-    kinds = ("tokens", "flops", "seconds", "train/", "meta/query", "val/")
-    rows = [[key, f"{value:,.6g}"] for key, value in last.items() if key.startswith(kinds)]
-    table = markdown([["", f"at step {state['step']:,}"], *rows])
-    metrics = f"{table}\n\nLosses are in nats a token." if rows else "No metrics were kept."
-    origin = """trained by nanoMAML: next-token prediction,
-mixed with first-order MAML on Subset-Masked-LM episodes where `meta_share` is not 0. The episode head is left
-out."""
+    """README.md: where the model is from, how to load it, and the settings of its run."""
+    origin = "trained by nanoMAML"
     if "imported_from" in state["config"]:
-        origin = f"imported from\n`{Path(state['config']['imported_from']).name}`, and not trained since."
+        origin = f"imported from `{Path(state['config']['imported_from']).name}`, and not trained since"
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -176,7 +166,7 @@ pipeline_tag: text-generation
 
 # {folder.resolve().name}
 
-A decoder of Llama's architecture, {parameters:,} parameters, {origin}
+A decoder of Llama's architecture, {parameters:,} parameters, step {state["step"]:,}, {origin}.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -185,10 +175,6 @@ tokenizer, model = (auto.from_pretrained(".") for auto in (AutoTokenizer, AutoMo
 ids = tokenizer("The function returns", return_tensors="pt")
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=40)[0]))
 ```
-
-{metrics}
-
-## Settings
 
 ```json
 {json.dumps(state["config"], indent=1)}

@@ -201,27 +201,26 @@ def load_state(partial, settings):
 
 
 class Progress:
-    """A line on stderr every ten seconds: tokens, rate and time left."""
+    """A line on stderr every ten seconds: tokens, rate and time left; and documents without text, counted."""
 
     def __init__(self, cfg, size):
         self.cfg, self.size = cfg, size  # bytes of all files; 0: not known
-        self.before, self.file, self.file_size = 0, None, 0  # bytes of the files before the one being read
+        self.before, self.file, self.n_empty = 0, None, 0  # bytes of the files before the one being read
         self.start, self.shown = None, time.perf_counter()  # start: (time, tokens, share) before new text
-        self.n_empty = 0  # documents without text
 
     def empty(self):
         self.n_empty += 1
 
     def opened(self, file):
-        self.before, self.file = self.before + self.file_size, file
-        self.file_size = os.path.getsize(file.name)
+        self.before += os.path.getsize(self.file.name) if self.file else 0
+        self.file = file
 
     def show(self, writers):
         tokens, share = sum(writer.total for writer in writers.values()), 0.0
         if self.cfg.max_tokens:
             share = writers["train"].total / self.cfg.max_tokens
-        elif self.file is not None:
-            share = (self.before + (self.file_size if self.file.closed else self.file.tell())) / self.size
+        elif self.file is not None and not self.file.closed:
+            share = (self.before + self.file.tell()) / self.size
         now = time.perf_counter(), tokens, share
         self.start = self.start or now
         seconds, new, advance = np.subtract(now, self.start)

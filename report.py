@@ -109,7 +109,7 @@ def answer(groups, names):
 def end_of_training(groups, names):
     """The last value of each loss and accuracy, not the best, and what the runs took."""
     rows, found = [], compare.caveats(groups)
-    marks = compare.mark(found, "other text", "other start", "unfinished", "lengthened")
+    marks = compare.mark(found, "other text", *compare.DOUBTS)
     for key in ["val/loss", *runs.domain_keys(groups)]:
         label = "validation loss, " + ("nats" if key == "val/loss" else escaped(key[len("val/"):])) + marks
         values = runs.last_values(groups, key)
@@ -170,7 +170,7 @@ def universal_ner(groups, names):
 
 
 def phases_of_curves(groups, names):
-    """The phases of every curve and layer, a table for each group, and the order of the layers in them."""
+    """The phases of every curve and layer, a table for each group."""
     note = ("The rise goes from start to peak. The fall comes after it; 90% of it has happened where it "
             "settled. Before: a fall before the start. Start, peak and settled are updates; before, rise and "
             "fall are percentages of the level that they start from. Changes within the noise do not count. "
@@ -178,16 +178,9 @@ def phases_of_curves(groups, names):
     paragraphs = []
     for name, group in zip(names, groups):
         rows = [["curve", "layer", "verdict", "before", "start", "rise", "peak", "fall", "settled", "noise"]]
-        orders = []
         for kind, by_layer in runs.layer_curves(group).items():
-            found = {layer: phases.majority(curves) for layer, curves in by_layer.items()}
-            for key, verb in (("peak", "peak"), ("settled", "settle again")):
-                means = {layer: np.mean([result[key] for result in results])
-                         for layer, (verdict, results) in found.items() if verdict == phases.RISE_AND_FALL}
-                times = ", ".join(f"{layer} ({means[layer]:.0f})" for layer in sorted(means, key=means.get))
-                label = runs.LABELS.get(kind, escaped(kind))
-                orders += [f"- {label}: layers {verb} in the order {times}"] if times else []
-            for (layer, curves), (verdict, results) in zip(by_layer.items(), found.values()):
+            for layer, curves in by_layer.items():
+                verdict, results = phases.majority(curves)
                 of = f" ({len(results)} of {len(curves)})" if len(group) > 1 else ""
                 rows.append([runs.LABELS.get(kind, escaped(kind)), layer, verdict + of])
                 for key in rows[0][3:]:
@@ -197,8 +190,7 @@ def phases_of_curves(groups, names):
                     else:
                         rows[-1].append(f"{np.mean(values):.1%}" if values[0] else "")
         if len(rows) > 1:
-            order = ["\n".join(orders)] if orders else []
-            paragraphs += [f"## Phases of {name}", note, markdown(rows), *order]
+            paragraphs += [f"## Phases of {name}", note, markdown(rows)]
     return paragraphs
 
 

@@ -345,8 +345,7 @@ def train(cfg, device, dtype, lock):
     eval_batches = {name: data.eval_sequences(split, cfg.context, cfg.eval_sequences)
                     for name, split in validation.items()}
     adaptation = AdaptationTest(cfg, validation, tokenizer)
-    facts = record.facts(learner, device, dtype, digests["tokenizer"], validation)
-    log = logs.RunLog(cfg, progress, rank, facts)
+    log = logs.RunLog(cfg, progress, rank, record.facts(learner, device, dtype, digests, validation))
     weights = {"lm": 1.0, "meta": cfg.meta_weight}  # of the parts of a loss
     peak_flops, metrics = machine.peak_flops(device, dtype) * world, {}
     updates = read_ahead(schedule, sources, rank, device, progress.step)
@@ -419,8 +418,7 @@ def train(cfg, device, dtype, lock):
     if not is_last:
         print0(f"stopped   at step {progress.step}; the same command {watch.resumption()}")
     elif rank == 0 and progress.step != progress.resumed_at:
-        prompt = next(iter(eval_batches.values())).ids[:1, :8].to(device)
-        console.print_results(cfg, corpus, learner, tokenizer, prompt, metrics)
+        console.print_results(cfg, corpus, learner, tokenizer, eval_batches, metrics)
     print0(f"files     {cfg.out_dir}: ckpt_*.pt, log.jsonl (losses), probes.jsonl (ranks and entropies)")
     log.finish("finished" if is_last else "stopped")
     return is_last and (progress.step != progress.resumed_at or not Path(cfg.out_dir, "report.md").exists())

@@ -1,6 +1,5 @@
 """What is compared: runs found and grouped, settings that differ, and what makes a comparison doubtful."""
 import glob
-import re
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ from nanomaml.config import one_line, require
 # Settings that change no number of a report: where and how often a run writes.
 SILENT = {"seed", "out_dir", "log_every", "checkpoint_every", "keep", "keep_every", "report", "wandb",
           "wandb_project", "probe_every", "eval_every", "probe_gradients"}
+DOUBTS = ("other start", "unfinished", "lengthened")
 
 
 def find_runs(place):
@@ -56,8 +56,9 @@ def settings(run):
 def differing_settings(groups):
     """[{setting: [its values in a group]} of settings that are not the same in all runs, for each group]"""
     everything = [[settings(run) for run in group] for group in groups]
-    keys = dict.fromkeys(key for group in everything for of_run in group for key in of_run)
-    differing = [key for key in keys if len({of_run.get(key) for group in everything for of_run in group}) > 1]
+    all_runs = sum(everything, [])
+    differing = [key for key in dict.fromkeys(key for of_run in all_runs for key in of_run)
+                 if len({of_run.get(key) for of_run in all_runs}) > 1]
     return [{key: list(dict.fromkeys(of_run.get(key, "unknown") for of_run in group)) for key in differing}
             for group in everything]
 
@@ -82,9 +83,10 @@ def caveats(groups):
         return ", ".join(str(run["path"]) for run in everything if which(run))
 
     def ways_and_words(run):  # of the final episodes
-        return {key: line[key] for line in run["log"] for key in line if re.match("final/.*(ways|words)", key)}
+        keys = [f"final/{kind}{what}" for kind in runs.WORDS for what in ("ways", "words")]
+        return {key: line[key] for line in run["log"] for key in keys if key in line}
 
-    if differ(lambda run: run["record"].get("validation")) or differ(lambda run: run["record"].get("tokenizer")):
+    if any(differ(lambda run: run["record"].get(what)) for what in ("validation", "tokenizer")):  # noqa: B023
         found["other text"] = ("The runs were measured on different validation text, or with different "
                                "tokenizers: their losses and accuracies cannot be compared.")
     if differ(ways_and_words) or differ(lambda run: [run["config"].get(key) for key in runs.INSTRUMENT]):
@@ -101,17 +103,16 @@ def caveats(groups):
 
 
 def mark(found, *kinds):
-    """" [unfinished, other start]" of the caveats `found`, of `kinds` or of all doubts; "" without any."""
-    kinds = kinds or ("other start", "unfinished", "lengthened")
-    present = [kind for kind in kinds if kind in found]
+    """" [unfinished, other start]" of the caveats `found`, of `kinds` or of DOUBTS; "" without any."""
+    present = [kind for kind in kinds or DOUBTS if kind in found]
     return f" [{', '.join(present)}]" if present else ""
 
 
 def table(groups, names, sort=""):
     """Rows, with a head, of all runs: what they are, how they ended. sort: a column's name."""
     differing = differing_settings([[run] for group in groups for run in group])
-    rows = [["run", "group", "state", *differing[0], "seed", "loss", "accuracy at the mask", "before the word",
-             "rank", "zero-shot F1", "hours"]]
+    rows = [["run", "group", "state", *differing[0], "seed", "loss", "accuracy at the mask",
+             "before the word", "rank", "zero-shot F1", "hours"]]
     everything = [(run, name) for group, name in zip(groups, names) for run in group]
     for (run, name), values in zip(everything, differing):
         finals = [runs.last_values([[run]], key)[0][:1] for key in (
@@ -119,10 +120,10 @@ def table(groups, names, sort=""):
         resid = [curves[0][1][-1] for curves in runs.layer_curves([run]).get("rank/resid", {}).values()]
         scores = [(key, tests) for key, tests in runs.ner_scores([[run]]).items() if key[0] != "majority"]
         f1 = [values[0][0] for (_, train, *_), tests in scores for test, values in tests.items()
-              if len(scores) == 1 and not runs.in_language(train, test)]  # one way of fine-tuning is not pooled
+              if len(scores) == 1 and not runs.in_language(train, test)]  # no two ways are pooled
         hours = [run["log"][-1].get("seconds", 0) / 3600]
-        rows.append([str(run["path"]), name, "finished" if is_finished(run) else run["record"].get("state", ""),
-                     *(value for [value] in values.values()), str(run["seed"]),
+        state = "finished" if is_finished(run) else run["record"].get("state", "")
+        rows.append([str(run["path"]), name, state, *(value for [value] in values.values()), str(run["seed"]),
                      *(f"{np.mean(x):.4g}" if x else "" for x in (*finals, resid, f1, hours))])
     if sort:
         require(sort in rows[0], f"sort = {sort!r} is none of the columns {', '.join(rows[0])}")

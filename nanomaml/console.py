@@ -3,22 +3,21 @@ import math
 import os
 import sys
 import textwrap
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 
 import numpy as np
 import torch
 
+from nanomaml import config
+
 EXPECTED_MFU = 0.4
 
 
-class Console:
-    """A text stream whose failure is reported once, on stderr, then ignored."""
-
-    def __init__(self, stream):
-        self.stream = stream
+class Lasting(config.Visible):
+    """A text stream whose failure, as of `| head`, is reported once, on stderr, then ignored."""
 
     def write(self, text):
-        self.attempt(self.stream.write, text)
+        self.attempt(super().write, text)
         return len(text)
 
     def flush(self):
@@ -33,20 +32,13 @@ class Console:
                 print(f"warning: nothing more is printed ({error.strerror}); the run goes on",
                       file=sys.__stderr__, flush=True)
 
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
 
 @contextmanager
 def lasting_console():
-    """While it lasts, a reader that went away (`| head`) or a full disk under the output ends nothing."""
-    streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = map(Console, streams)
-    try:
+    """While it lasts, output that nobody takes ends nothing."""
+    with redirect_stdout(Lasting(sys.stdout)) as out, redirect_stderr(Lasting(sys.stderr)):
         yield
-    finally:
-        sys.stdout.flush()
-        sys.stdout, sys.stderr = streams
+        out.flush()
 
 
 def clock(seconds):
@@ -126,10 +118,10 @@ def evaluation_line(step, metrics, probe, last):
     return "\n".join([" | ".join(parts), *(f"{indent}| {line}" for line in rest)])
 
 
-def print_results(cfg, corpus, learner, tokenizer, prompt, metrics):
+def print_results(cfg, corpus, learner, tokenizer, eval_batches, metrics):
     """The last lines of a finished run; `metrics`: those of its last evaluation, {} where there was none.
 
-    prompt: token ids (1, T) of validation text, which the sample goes on from.
+    The sample goes on from the first tokens of `eval_batches`.
     """
     loss = f"validation loss {metrics['val/loss']:.3f}, where" if metrics else "not evaluated;"
     print(f"done      {loss} token frequencies alone give {corpus.unigram_entropy():.3f}")
@@ -143,7 +135,9 @@ def print_results(cfg, corpus, learner, tokenizer, prompt, metrics):
     if cfg.meta_share > 0:
         print("          compare with a run of configs/vanilla.py to see what episodes bring")
     if tokenizer is not None:
-        generator = torch.Generator(prompt.device).manual_seed(cfg.seed)
+        device = learner.decoder.lm_head.weight.device
+        prompt = next(iter(eval_batches.values())).ids[:1, :8].to(device)
+        generator = torch.Generator(device).manual_seed(cfg.seed)
         with learner.decoder.eager():  # each length would be compiled anew
             ids = learner.decoder.generate(prompt, 40, 0.8, top_k=50, generator=generator)[0].tolist()
         print(f"sample    {tokenizer.decode([i for i in ids if i < tokenizer.n_vocab])!r}")

@@ -3,14 +3,12 @@ from functools import partial
 
 import numpy as np
 
-from nanomaml import compare, phases, runs
+from nanomaml import compare, runs
 from nanomaml.config import one_line
 from nanomaml.stats import speedup
 
 COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8c8c8c")  # of the
 # groups: Okabe & Ito's, which colour-blind readers tell apart
-MARKERS = {"start": ("v", "start of the rise"), "peak": ("^", "peak"), "settled": ("s", "90% of the fall")}
-MARKER_STYLE = {"mec": "black", "mew": 0.4, "lw": 0}
 DASHES = {"-": "first layer", "--": "middle layer", ":": "last layer"}  # where colours are those of groups
 MOST = 12  # panels
 
@@ -31,11 +29,10 @@ def styled_runs(groups):
             for group, color in styled(groups) for run in group]
 
 
-def legend(ax, styles, **where):
+def legend(ax, styles):
     """A legend of {label: how its line is drawn} under a panel, where it hides no curve."""
     handles = [ax.plot([], [], label=label, **style)[0] for label, style in styles.items()]
-    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.25), "ncols": 2, "borderaxespad": 0}
-    ax.legend(handles=handles, **(where or below))
+    ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=2, borderaxespad=0)
 
 
 def y_limits(curves):
@@ -75,52 +72,7 @@ def adaptation_panel(ax, groups, kind):
     legend(ax, {where: {"color": "gray", "ls": dashes} for where, dashes in runs.READ_OUTS.values()})
 
 
-def domains_panel(ax, groups, names):
-    keys = runs.domain_keys(groups)
-    y = np.arange(len(keys))
-    for i, (group, color) in enumerate(styled(groups)):
-        final = np.array([runs.last_values([group], key)[0] for key in keys])  # (domains, runs)
-        error = final.std(1, ddof=1) if len(group) > 1 else None
-        offset = 0.4 / len(groups) * (i - (len(groups) - 1) / 2)
-        ax.errorbar(final.mean(1), y + offset, xerr=error, fmt="o", ms=4, color=color, capsize=2)
-    ax.set_yticks(y, [plain(key.removeprefix("val/")) for key in keys])
-    ax.grid(axis="y", lw=0.3)
-    ax.set(xlabel="nats", title="validation loss by domain", ylim=(len(keys) - 0.5, -0.5))
-    legend(ax, {name: {"color": color} for name, color in styled(names)})
-
-
-def rise_and_fall(curves):
-    """{start, peak, settled: mean step} of a layer; {} unless most runs diversify then compress there."""
-    verdict, results = phases.majority(curves)
-    if verdict != phases.RISE_AND_FALL or 2 * len(results) <= len(curves):
-        return {}
-    return {name: np.mean([result[name] for result in results]) for name in MARKERS}
-
-
-def layers_panel(ax, kind, by_layer, colors):
-    """The curves of all layers of one group, with the phases of those that rise and fall."""
-    means = {layer: runs.mean_curve(curves) for layer, curves in by_layer.items()}
-    for layer, (steps, values) in means.items():
-        ax.plot(steps, values, color=colors[layer])
-        for name, step in rise_and_fall(by_layer[layer]).items():
-            y = np.interp(step, steps, values)
-            ax.plot(step, y, marker=MARKERS[name][0], color=colors[layer], ms=4, **MARKER_STYLE)
-    title = plain(runs.LABELS.get(kind, kind))
-    ax.set(xlabel=runs.AXES["step"], title=title, ylim=y_limits(means.values()))
-
-
-def layers_legend(ax, curves, colors):
-    """An empty panel with the legend of a group's layers."""
-    ax.axis("off")
-    some = list(colors)[::-(-len(colors) // 12)]  # every n-th, if there are more than 12
-    styles = {f"layer {layer}": {"color": colors[layer]} for layer in some}
-    if any(rise_and_fall(of_layer) for by_layer in curves.values() for of_layer in by_layer.values()):
-        styles |= {label: {"marker": marker, "color": "gray", **MARKER_STYLE}
-                   for marker, label in MARKERS.values()}
-    legend(ax, styles, loc="center", ncols=1 + (len(styles) > 8))
-
-
-def overlay_panel(ax, kind, curves, names):
+def layers_panel(ax, kind, curves, names):
     """The first, middle and last layer of each group over each other. curves: `runs.layer_curves` of each."""
     shown = []
     for of_group, color in styled(curves):
@@ -136,12 +88,10 @@ def overlay_panel(ax, kind, curves, names):
 
 def figure(groups, names):
     """All panels for which there are data, at most MOST, three in a row, at the width of a page."""
-    from matplotlib import colormaps  # here: matplotlib need not be there before
-
     names, found = list(map(plain, names)), compare.caveats(groups)
     mark, is_same_text = compare.mark(found), "other text" not in found
     axes = [axis for axis in runs.shared_axes(groups) if axis != "step"] or ["step"]
-    marks = compare.mark(found, "other text", "other start", "unfinished", "lengthened")
+    marks = compare.mark(found, "other text", *compare.DOUBTS)
     panels = [partial(loss_panel, groups=groups, names=names, axis=axis, mark=marks) for axis in axes]
     levels, speedups = speedup(groups) if len(groups) == 2 and is_same_text else ([], {})
     if speedups:
@@ -149,20 +99,10 @@ def figure(groups, names):
     panels += [partial(adaptation_panel, groups=groups, kind=kind) for kind in runs.WORDS
                if any(runs.last_values(groups, f"adapt/context_{kind}query_acc"))
                and is_same_text and "other instrument" not in found]
-    if runs.domain_keys(groups) and is_same_text:
-        panels.append(partial(domains_panel, groups=groups, names=names))
     curves = [runs.layer_curves(group) for group in groups]
     kinds = dict.fromkeys(kind for of_group in curves for kind in of_group)
     kinds = sorted(kinds, key=lambda kind: kind in list(runs.LABELS)[2:])  # a fork's before the weights
-    if len(groups) > 1:
-        panels += [partial(overlay_panel, kind=kind, curves=curves, names=names) for kind in kinds]
-    elif kinds:
-        layers = sorted({layer for by_layer in curves[0].values() for layer in by_layer})
-        colors = dict(zip(layers, colormaps["viridis"](np.linspace(0, 0.95, len(layers)))))
-        panels = panels[:MOST - 1 - min(len(kinds), MOST - 4)]
-        panels += [partial(layers_panel, kind=kind, by_layer=curves[0][kind], colors=colors)
-                   for kind in kinds][:MOST - 1 - len(panels)]
-        panels.append(partial(layers_legend, curves=curves[0], colors=colors))
+    panels += [partial(layers_panel, kind=kind, curves=curves, names=names) for kind in kinds]
     return draw([("", panels[:MOST])], size=(2.6, 2.2), font=7)
 
 

@@ -23,8 +23,8 @@ def commit():
         return {}
 
 
-def facts(learner, device, dtype, tokenizer, validation):
-    """Of a run that begins: a dict for JSON. tokenizer: its digest; validation: {domain: Corpus}."""
+def facts(learner, device, dtype, digests, validation):
+    """Of a run that begins: a dict for JSON. digests: `resume.data_digests`; validation: {domain: Corpus}."""
     return {
         "command": sys.argv, "started": now(), **commit(), "python": platform.python_version(),
         "torch": torch.__version__, "platform": platform.platform(), "device": str(device),
@@ -32,7 +32,7 @@ def facts(learner, device, dtype, tokenizer, validation):
         "machine": machine.describe(device, dtype),
         "parameters": sum(p.numel() for p in learner.decoder.parameters()),
         "head_parameters": sum(p.numel() for p in learner.head.parameters()),
-        "tokenizer": tokenizer, "validation": {name: split.digest for name, split in validation.items()},
+        "tokenizer": digests["tokenizer"], "validation": {name: split.digest for name, split in validation.items()},
     }
 
 

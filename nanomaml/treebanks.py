@@ -42,20 +42,18 @@ TAG = "O|[BI]-.+"
 def counts_up(ids):
     """Do these texts count up by one, but for ranges (1-2) and empty nodes (8.1) of CoNLL-U?"""
     ids = [text for text in ids if not re.fullmatch(NO_WORD, text)]
-    return bool(ids) and all(re.fullmatch(r"\d{1,9}", text) and int(text) == int(ids[0]) + i
-                             for i, text in enumerate(ids) if ids[0].isdecimal() or i == 0)
+    first = int(ids[0]) if ids and re.fullmatch(r"\d{1,9}", ids[0]) else None
+    return first is not None and ids == [str(first + i) for i in range(len(ids))]
 
 
 def find_ids(path, rows):
     """Whether the first of the columns of rows, [] between sentences, holds ids: nearly all count up."""
-    sentences = [[columns[0] for columns in group if len(columns) > 2]
-                 for is_row, group in itertools.groupby(rows, bool) if is_row]
-    counted = list(map(counts_up, filter(None, sentences)))
+    groups = [list(group) for is_row, group in itertools.groupby(rows, lambda row: len(row) > 2) if is_row]
+    counted = [counts_up([columns[0] for columns in group]) for group in groups]
     share = sum(counted) / max(len(counted), 1)
-    if 0.1 < share < 0.9:
-        unclear = next(columns for columns in rows if len(columns) > 2)
-        raise UserError(f"{path}: is {unclear[0]!r} an id before the word {unclear[1]!r}, or a word? The "
-                        f"first column counts up in {sum(counted)} of {len(counted)} sentences")
+    first, second = groups[0][0][:2] if groups else ("", "")
+    require(not 0.1 < share < 0.9, f"{path}: is {first!r} an id before the word {second!r}, or a word? The "
+            f"first column counts up in {sum(counted)} of {len(counted)} sentences")
     return share > 0.5
 
 

@@ -122,12 +122,9 @@ class Watch:
     def print_notes(self, lr_factor):
         """Prints a line on each length that cuts another short. lr_factor: train.py's."""
         cfg, step, old = self.cfg, self.progress.step, self.progress.old_max_steps
-        if cfg.warmup_steps >= cfg.max_steps > 0:
-            print0(f"note      max_steps = {cfg.max_steps} ends within warmup_steps = {cfg.warmup_steps}: "
-                   f"lr = {cfg.lr:g} is never reached")
-        if cfg.meta_share > 0 and cfg.meta_start >= cfg.max_steps > 0:
-            print0(f"note      max_steps = {cfg.max_steps} ends before meta_start = {cfg.meta_start}: no "
-                   "episode is read")
+        for key in ("warmup_steps", *["meta_start"] * (cfg.meta_share > 0)):
+            if getattr(cfg, key) >= cfg.max_steps > 0:
+                print0(f"note      max_steps = {cfg.max_steps} ends before {key} = {getattr(cfg, key)}")
         if old not in (None, cfg.max_steps) and cfg.warmup_steps < cfg.max_steps:
             rate = "it ends here, the learning rate not decayed to 0" if step == cfg.max_steps else (
                 f"the learning rate goes on at {cfg.lr * lr_factor(cfg, step):.2e} and falls to 0 at the end")

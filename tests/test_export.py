@@ -144,9 +144,9 @@ def test_the_model_is_the_same_in_logits_and_in_greedy_text_alone_and_in_a_padde
         greedy = ours.generate(prompt, 20, temperature=0)[0].tolist()
         until_end = itertools.takewhile(lambda i: i != tokenizer.eot_token, greedy)
         assert text == tokenizer.decode([i for i in until_end if i < tokenizer.n_vocab])
-    card = (folder / "README.md").read_text()  # with the settings and the last losses of this checkpoint
-    assert "| val/loss |" in card and "4.25 |" in card and "at step 7" in card and '"lr": 0.125' in card
-    assert card.startswith("---\nlibrary_name: transformers\n") and "trained by nanoMAML" in card
+    card = (folder / "README.md").read_text()
+    assert "step 7, trained by nanoMAML" in card and '"lr": 0.125' in card
+    assert card.startswith("---\nlibrary_name: transformers\n")
 
 
 def test_an_export_comes_in_again_as_the_same_model_and_tokenizer(exported, tmp_path):
@@ -166,7 +166,7 @@ def test_an_export_comes_in_again_as_the_same_model_and_tokenizer(exported, tmp_
     for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "hf" / name).read_bytes() == (folder / name).read_bytes()
     card = (tmp_path / "hf" / "README.md").read_text()  # it said "trained by nanoMAML" of any import
-    assert "imported from\n`hf`" in card and "trained by" not in card
+    assert "imported from `hf`" in card and "trained by" not in card
 
 
 def test_folders_that_hold_something_are_left_alone(tmp_path, trained, monkeypatch):
