@@ -36,7 +36,7 @@ from nanomaml.treebanks import TYPES, keep_types, read_iob2  # noqa: F401
 from nanomaml.wandb_logs import Wandb, start_wandb
 
 # Written to each result, so that only results under the same settings are compared
-SETTINGS = ("shots", "label", "bidirectional", "lr", "epochs", "patience", "batch_size")
+SETTINGS = ("shots", "label", "lr", "epochs", "patience", "batch_size")
 Mode, Label = Literal["full", "head", "majority"], Literal["first", "last"]
 Counts = Annotated[str, "numbers of sentences, comma-separated", re.compile(r" *\d+ *(, *\d+ *)*").fullmatch]
 
@@ -56,7 +56,6 @@ class Config(config.Settings):
     lr: Positive = 3e-5  # initial learning rate of AdamW
     batch_size: Count = 16  # sentences per batch; one longer than the context counts once per window
     label: Label = "first"  # sub-token at which a word is read: first (as published) or last (sees it whole)
-    bidirectional: bool = False  # True: no causal mask, so that words also see what follows them
     wandb: Wandb = "disabled"  # disabled, offline or online
     wandb_project: str = "nanomaml"  # wandb project
     device: str = "auto"  # auto: cuda, else mps, else cpu; or a name like cuda:1
@@ -236,18 +235,15 @@ def word_numbers(batch):
 # ---- model and fine-tuning ----
 
 
-def read_words(decoder, batch, bidirectional, dtype):
+def read_words(decoder, batch, dtype):
     """The backbone's features (n, D) at the words of a batch of windows, in the order of `word_numbers`."""
     device = decoder.lm_head.weight.device
     sequences = [torch.tensor(window.ids) for window in batch]
+    # Padding lies on the right, where the causal mask hides it.
     ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(device)  # (B, T)
-    visible = None  # padding lies on the right, where the causal mask hides it
-    if bidirectional:
-        lengths = torch.tensor([len(window.ids) for window in batch], device=device)
-        visible = torch.arange(ids.shape[1], device=device) < lengths[:, None]  # (B, T)
     places = [(row, position) for row, window in enumerate(batch) for position in window.positions]
     with autocast(device, dtype):
-        return decoder.hidden(ids, visible)[*torch.tensor(places, device=device).T]
+        return decoder.hidden(ids)[*torch.tensor(places, device=device).T]
 
 
 @torch.no_grad()
@@ -256,14 +252,14 @@ def cache_features(decoder, treebank, cfg, dtype):
     device = decoder.lm_head.weight.device
     treebank.features = torch.empty(len(treebank.tags), decoder.cfg.d_model, device=device)  # (W, D)
     for batch in batches(treebank.windows, 64):
-        treebank.features[word_numbers(batch)] = read_words(decoder, batch, cfg.bidirectional, dtype)
+        treebank.features[word_numbers(batch)] = read_words(decoder, batch, dtype)
 
 
 def logits(decoder, head, treebank, batch, cfg, dtype):
     """The logits (n, number of tags) of a batch's words."""
     if treebank.features is not None:
         return head(treebank.features[word_numbers(batch).to(treebank.features.device)])
-    return head(read_words(decoder, batch, cfg.bidirectional, dtype).float())
+    return head(read_words(decoder, batch, dtype).float())
 
 
 @torch.no_grad()

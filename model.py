@@ -142,14 +142,9 @@ class Backbone(nn.Module):
         """
         return None
 
-    def forward(self, ids, visible=None, last=False):
-        """ids (B, T) -> (B, T, D).
-
-        visible (B, T) bool takes the place of the mask: every position attends to all that are True, the rest
-        is padding. last: the last position's features alone, (B, 1, D).
-        """
-        rope = self.positions(ids.shape[1])
-        mask = self.mask(ids.shape[1]) if visible is None else visible[:, None, None]  # or (B, 1, 1, T)
+    def forward(self, ids, last=False):
+        """ids (B, T) -> (B, T, D); last: the last position's features alone, (B, 1, D)."""
+        rope, mask = self.positions(ids.shape[1]), self.mask(ids.shape[1])
         x = self.embed_tokens(ids)  # (B, T, D)
         for layer in self.layers[:-1]:
             x = layer(x, *rope, mask)
@@ -252,9 +247,9 @@ class Decoder(nn.Module):
                 std = 0.02 / math.sqrt(2 * self.cfg.n_layers) if writes else 0.02
                 nn.init.normal_(parameter, std=std, generator=generator)
 
-    def hidden(self, ids, visible=None, last=False):
+    def hidden(self, ids, last=False):
         """ids (B, T) -> features before the output layer (B, T, D); the rest as in `Backbone`."""
-        return self.model(ids, visible, last)
+        return self.model(ids, last)
 
     def forward(self, ids, targets=None):
         """ids (B, T) -> logits (B, T, V); with targets (B, T), the mean cross-entropy in nats instead."""

@@ -289,18 +289,13 @@ def test_batches_waste_little_on_padding_and_hold_every_sentence(tokenizer):
     assert first != second
 
 
-@pytest.mark.parametrize("bidirectional", [False, True])
-def test_features_of_a_batch_equal_those_of_each_sentence_alone(uner, tokenizer, bidirectional):
-    """Padding must not be seen: causal, it lies behind; bidirectional, it is masked."""
+def test_features_of_a_batch_equal_those_of_each_sentence_alone(uner, tokenizer):
+    """Padding must not be seen: it lies behind."""
     decoder = Decoder(MODEL, torch.Generator().manual_seed(1)).eval()
     windows = eval_ner.cut(read_split(uner, "one-ud-dev"), tokenizer, MODEL.context, "last")[:9]
-    together = eval_ner.read_words(decoder, windows, bidirectional, torch.float32)
+    together = eval_ner.read_words(decoder, windows, torch.float32)
     assert len({len(window.ids) for window in windows}) > 3
-    alone = []
-    for window in windows:
-        ids = torch.tensor([window.ids])
-        features = decoder.hidden(ids, torch.ones_like(ids, dtype=torch.bool) if bidirectional else None)
-        alone.append(features[0, window.positions])
+    alone = [decoder.hidden(torch.tensor([window.ids]))[0, window.positions] for window in windows]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
@@ -404,17 +399,16 @@ def test_every_seed_starts_from_the_checkpoint_on_its_own_draw(run, uner, monkey
     assert results[0]["shots"] == results[0]["sentences"] == 30 and results[-1]["sentences"] == 400
 
 
-def test_label_and_bidirectional_change_what_is_read(run, uner, tmp_path, monkeypatch):
+def test_label_changes_what_is_read(run, uner, tmp_path, monkeypatch):
     for path in uner.iterdir():  # an x before each word makes words of several sub-tokens
         (tmp_path / path.name).write_text(re.sub(r"(?m)^(\d+\t)", r"\1x", path.read_text()))
     sent = []
     monkeypatch.setattr(eval_ner, "start_wandb", lambda *args, **facts: (sent.append, lambda: None))
-    for mode, label, both in itertools.product(("head", "full"), ("first", "last"), (False, True)):
+    for mode, label in itertools.product(("head", "full"), ("first", "last")):
         flags = ("--train=one", "--epochs=1", "--shots=16", f"--mode={mode}")
-        result = evaluate(run, tmp_path, *flags, f"--label={label}", f"--bidirectional={both}")[-1]
-        assert (result["label"], result["bidirectional"]) == (label, both)
+        assert evaluate(run, tmp_path, *flags, f"--label={label}")[-1]["label"] == label
     losses = {line["ner/seed1/dev_loss"] for line in sent if "ner/seed1/dev_loss" in line}
-    assert len(losses) == 8, losses
+    assert len(losses) == 4, losses
 
 
 def test_the_tables_show_means_and_sample_deviations():

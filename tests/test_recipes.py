@@ -51,6 +51,18 @@ FLAGS = {
 }
 
 CHECKS = {
+    "bidirectional-ner": """
+        import eval_ner
+        decoder = checkpoint.load_model("run")
+        windows = [eval_ner.Window(list(range(300, 300 + n)), [0, n - 1], [0, 1]) for n in (5, 9, 17)]
+        together = eval_ner.read_words(decoder, windows, True, torch.float32)
+        for window, read in zip(windows, together.split(2)):  # padding is not seen, what follows is
+            ids = torch.tensor([window.ids])
+            alone = decoder.hidden(ids, torch.ones_like(ids, dtype=torch.bool))[0, window.positions]
+            torch.testing.assert_close(read, alone, rtol=1e-4, atol=1e-5)
+            assert (read[0] - decoder.hidden(ids)[0, 0]).abs().max() > 1e-3
+        assert eval_ner.Config(bidirectional=True).bidirectional and "bidirectional" in eval_ner.SETTINGS
+        """,
     "inner-adam": """
         start, target = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([3.0, 0.1, 0.5001])
         def loss(x):
