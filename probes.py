@@ -4,14 +4,12 @@
     python probes.py out/demo --data=/mnt/corpus    # on data that moved since, or on other data
 
 train.py measures them during a run, without leaving a trace, and writes them to out_dir/probes.jsonl:
-rank/<v_proj|o_proj|down_proj|resid>/<layer>; entropy/<layer>/<head>, normalised; entropy_nats/<layer>/<head>;
-and with probe_gradients, rank/grad_<v_proj|o_proj|down_proj>/<layer>. A new probe is a line in `measure`;
-named <what>/<layer>, it gets a panel and its phases in report.py too.
+rank/<v_proj|o_proj|down_proj|resid>/<layer>; entropy/<layer>/<head>, normalised; entropy_nats/<layer>/<head>.
+A new probe is a line in `measure`; named <what>/<layer>, it has panels in watch.py and report.py, and phases.
 """
 import json
 import math
 import sys
-import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -96,14 +94,9 @@ def matrices(decoder):
         yield f"down_proj/{i:02d}", layer.mlp.down_proj.weight
 
 
-def gradient_ranks(decoder, rank=effective_rank):
-    """{metric: rank} of the gradients that a backward pass left; `rank`: as in `measure`."""
-    return {f"rank/grad_{name}": rank(weight.grad) for name, weight in matrices(decoder)}
-
-
 @torch.no_grad()
 def measure(decoder, ids, rank=effective_rank):
-    """All probes of a Decoder on ids (B, T) except those of gradients: {metric: float}.
+    """All probes of a Decoder on ids (B, T): {metric: float}.
 
     Layers are called through `forward`, which bypasses what `compile()` installed. rank = gram leaves a
     matrix in the place of each rank, for `Live`.
@@ -157,15 +150,8 @@ class Live:
         step = self.progress.step
         if self.is_lost or step != self.progress.resumed_at and self.is_due(step):
             self.write(step - 1)  # at most one is unfinished, since its matrices take memory
-            self.add(self.progress.axes() | measure(decoder, self.ids, gram) | self.progress.gradient_grams)
+            self.add(self.progress.axes() | measure(decoder, self.ids, gram))
             self.is_lost = False
-
-    def measure_gradients(self, decoder):
-        """After a backward pass: the seconds it took. The rest of the probe follows the update."""
-        start, self.progress.gradient_grams = time.perf_counter(), {}
-        if self.cfg.probe_gradients and self.is_due(self.progress.step + 1):
-            self.progress.gradient_grams = gradient_ranks(decoder, gram)
-        return time.perf_counter() - start
 
     def add(self, line):
         """line: a dict with "step" whose matrices are Gram matrices; it comes back from `finished`."""

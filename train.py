@@ -96,7 +96,6 @@ class Config(ModelConfig):
     eval_queries: Count = 2  # Q of these episodes
     eval_window: Count = 32  # tokens of text before the word
     probe_every: Natural = 100  # effective rank and attention entropy
-    probe_gradients: bool = False  # the effective rank of the gradients too
     checkpoint_every: Natural = 500  # checkpoints
     keep: Count = 2  # newest checkpoints kept
     keep_every: Natural = 0  # checkpoints at multiples of this are kept too; 0: none
@@ -397,7 +396,6 @@ def train(cfg, device, dtype, lock):
             totals = sum_over_ranks(values, device)
             grad_norm = torch.nn.utils.clip_grad_norm_(learner.parameters(), cfg.grad_clip or math.inf)
             is_bad = (~torch.isfinite(grad_norm) | (totals.pop(BAD_LOSSES)[0] > 0)).float()
-            start += live.measure_gradients(learner.decoder)  # which is not training
             optimizer_step(optimizers, lr_factor(cfg, progress.step), is_bad)
             progress.finish_update(totals, is_bad, waited)
             is_log_due = progress.is_due(cfg.log_every, cfg.max_steps)

@@ -9,7 +9,7 @@ from nanomaml.config import one_line, require
 
 # Settings that change no number of a report: where and how often a run writes.
 SILENT = {"seed", "out_dir", "log_every", "checkpoint_every", "keep", "keep_every", "report", "wandb",
-          "wandb_project", "probe_every", "eval_every", "probe_gradients"}
+          "wandb_project", "probe_every", "eval_every"}
 DOUBTS = ("other start", "unfinished", "lengthened")
 
 

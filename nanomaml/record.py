@@ -32,7 +32,8 @@ def facts(learner, device, dtype, digests, validation):
         "machine": machine.describe(device, dtype),
         "parameters": sum(p.numel() for p in learner.decoder.parameters()),
         "head_parameters": sum(p.numel() for p in learner.head.parameters()),
-        "tokenizer": digests["tokenizer"], "validation": {name: split.digest for name, split in validation.items()},
+        "tokenizer": digests["tokenizer"],
+        "validation": {name: split.digest for name, split in validation.items()},
     }
 
 

@@ -28,7 +28,7 @@ VERSION = 3  # of what a checkpoint holds beside the model; a run of another one
 # dtype and compile) only how it rounds; init_from acts on a new run alone, max_steps on what is yet to come.
 MAY_CHANGE = {
     "out_dir", "data", "init_from", "max_steps", "log_every", "eval_every", "eval_sequences", "eval_episodes",
-    "probe_every", "probe_gradients", "checkpoint_every", "keep", "keep_every", "report", "wandb",
+    "probe_every", "checkpoint_every", "keep", "keep_every", "report", "wandb",
     "wandb_project", "device", "dtype", "compile",
 }
 INTERVAL = ("steps", "seconds", "waited", "tokens", "flops")
@@ -53,7 +53,6 @@ class Progress:
     # Tensors stay on the device, since reading them waits for it.
     sums: dict = field(default_factory=dict)  # {metric: (sum, micro-steps)} since the last log line
     skipped: torch.Tensor = field(default_factory=lambda: torch.zeros(2))  # updates skipped: in all, in a row
-    gradient_grams: dict = field(default_factory=dict)  # of a probe at this step; a resume may finish it
     unlogged: list = field(default_factory=list)  # [file, line] of logs that could not be written
 
     resumed_at = None  # the step of the checkpoint that this process began from, and its max_steps
@@ -232,7 +231,6 @@ def check_progress(progress):
     if not (progress.interval.keys() == {*INTERVAL} and all(0 <= n < math.inf for n in counts)
             and all(type(name) is str for name in [*progress.sums, *progress.micro_steps])
             and all(pair.shape == (2,) for pair in pairs)
-            and all(gram.dim() == 2 for gram in progress.gradient_grams.values())
             and all(file in logs.NAMES and type(line["step"]) is int for file, line in progress.unlogged)):
         raise ValueError("its counters or unwritten lines are not those of a run")
 

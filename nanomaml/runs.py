@@ -16,7 +16,6 @@ LABELS = {  # of the curves that train.py writes, in the order in which they are
     "rank/resid": "effective rank, residual stream",
     "entropy": "attention entropy",
     **{f"rank/{name}": f"effective rank, {name}" for name in WEIGHTS},
-    **{f"rank/grad_{name}": f"effective rank, gradient of {name}" for name in WEIGHTS},
 }
 LAYER = re.compile(r"(?!entropy_nats/)(.+?)/(\d\d+)(/\d+)?")  # <what>/<layer>[/<head>]; not `entropy` twice
 # Where a word is read in the episodes on held-out text, and how its line is drawn. Language modelling trains

@@ -150,7 +150,7 @@ def test_ids_are_ids_where_they_count_up(tmp_path, form, ids):
 def test_an_unclear_layout_is_refused_and_an_odd_one_warned_of(tmp_path, capsys):
     path = tmp_path / "a.txt"
     path.write_text("1 CD B-LOC\n2 CD O\n\nAnna NNP B-PER\nin IN O\n")
-    refuses(lambda: read_treebank(path), "is '1' an id before the word 'CD', or a word? ", "in 1 of 2 sentences")
+    refuses(lambda: read_treebank(path), "is '1' an id before the word 'CD', or a word? ", "1 of 2 sentences")
     path.write_text("1990 CD O\n1991 CD O\n\n" + "Anna NNP B-PER\nin IN O\n\n" * 9)
     assert read_treebank(path)[0] == (["1990", "1991"], ["O", "O"]) and not capsys.readouterr().err
     path.write_text("3 B-LOC\n5 O\n")

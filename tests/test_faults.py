@@ -281,7 +281,7 @@ def test_two_thousand_updates_take_no_more_memory_and_no_more_files(toy, tmp_pat
 
     monkeypatch.setattr(files, "append", spy)
     flags = ["--max_steps=2000", "--global_batch_size=4", "--batch_size=2", "--probe_every=20"]
-    flags += ["--eval_every=200", "--checkpoint_every=200", "--probe_gradients", "--eval_episodes=2"]
+    flags += ["--eval_every=200", "--checkpoint_every=200", "--eval_episodes=2"]
     run(toy, tmp_path, *flags)
     resident, descriptors, threads = seen[1000:].T
     slope = np.median(resident[200:] - resident[:-200]) / 200

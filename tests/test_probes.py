@@ -94,7 +94,7 @@ def test_measure_sees_what_the_model_computes_and_leaves_no_trace():
     decoder(ids, ids).backward()
     before = {name: (p.clone(), p.grad.clone()) for name, p in decoder.named_parameters()}
     rng, logits = torch.get_rng_state(), decoder(ids)
-    metrics = probes.measure(decoder, ids) | probes.gradient_ranks(decoder)
+    metrics = probes.measure(decoder, ids)
     assert torch.equal(torch.get_rng_state(), rng) and decoder.training and torch.equal(decoder(ids), logits)
     for name, p in decoder.named_parameters():
         assert torch.equal(p, before[name][0]) and torch.equal(p.grad, before[name][1]) and p.requires_grad
@@ -102,8 +102,7 @@ def test_measure_sees_what_the_model_computes_and_leaves_no_trace():
     decoder(ids)
     resid = seen[0].flatten(0, 1)
     weights = decoder.state_dict()
-    expected = {"rank/resid/01": svd_rank(resid - resid.mean(0)),
-                "rank/grad_down_proj/01": svd_rank(decoder.model.layers[1].mlp.down_proj.weight.grad)}
+    expected = {"rank/resid/01": svd_rank(resid - resid.mean(0))}
     for name in ("self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj"):
         weight = weights[f"model.layers.2.{name}.weight"]
         expected[f"rank/{name.split('.')[1]}/02"] = svd_rank(weight)
@@ -154,7 +153,7 @@ def test_the_command_measures_where_the_data_moved(toy, tmp_path, capsys):
 
 def flags_of(toy, out_dir, *flags):
     return [*TOY, f"--data={toy}", f"--out_dir={out_dir}", "--probe_every=2", "--keep=9", "--eval_every=0",
-            "--probe_gradients", *flags]
+            *flags]
 
 
 def lines_of(out_dir):
@@ -166,8 +165,8 @@ def test_ranks_of_gram_matrices_are_those_of_the_matrices_bit_for_bit(toy):
     torch.set_num_threads(1)  # with more threads LAPACK sums in another order
     decoder, ids = Decoder(SMALL), torch.randint(0, 211, (4, 64))
     decoder(ids, ids).backward()
-    expected = probes.measure(decoder, ids) | probes.gradient_ranks(decoder)
-    grams = probes.measure(decoder, ids, probes.gram) | probes.gradient_ranks(decoder, probes.gram)
+    expected = probes.measure(decoder, ids)
+    grams = probes.measure(decoder, ids, probes.gram)
     nobody = SimpleNamespace(is_first=False)
     with probes.Live(toy_config(), open_corpus(toy)[1], nobody, Progress(), torch.device("cpu")) as live:
         live.add({"step": 7, "tokens": 9} | grams)
@@ -182,8 +181,8 @@ def test_ranks_of_gram_matrices_are_those_of_the_matrices_bit_for_bit(toy):
 
 
 def test_a_probe_or_report_lost_after_its_checkpoint_is_made_again(toy, tmp_path, monkeypatch):
-    """Killed right after a checkpoint whose probe is not on disk yet: the same lines, ranks of gradients too,
-    none twice. Where probe_every does not divide max_steps, the last one and the report were lost for good:
+    """Killed right after a checkpoint whose probe is not on disk yet: the same lines, none
+    twice. Where probe_every does not divide max_steps, the last one and the report were lost for good:
     the run counted as finished.
     """
     monkeypatch.setattr(train, "write_report", lambda out_dir: (out_dir / "report.md").touch())
@@ -191,7 +190,6 @@ def test_a_probe_or_report_lost_after_its_checkpoint_is_made_again(toy, tmp_path
     train.main(flags)
     whole = lines_of(tmp_path)
     assert [line["step"] for line in whole] == [0, 2, 4, 5]
-    assert "rank/grad_o_proj/01" in whole[2] and "rank/grad_o_proj/01" not in whole[0]
     for newest, lines in ((4, 2), (4, 3), (5, 3), (5, 4)):  # the line of that step is missing, or there
         for step in range(newest + 1, 6):
             (tmp_path / f"ckpt_{step:06d}.pt").unlink()

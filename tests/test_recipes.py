@@ -44,6 +44,7 @@ FLAGS = {
     "muon": ["--head_layers=2", "--inner_lr=0.1"],
     "ahead-objective": ["--meta_share=0.3", "--ahead_share=0.4"],
     "sliding-window": ["--span=5"],
+    "gradient-rank": ["--probe_gradients", "--probe_every=1"],
     "meta-decay": ["--meta_decay=0.5", "--meta_share=1"],
     "query-lm": ["--query_lm", "--read_out=context"],
     "batch-episodes": ["--episodes_from=batch", "--read_out=context", "--meta_share=1", "--shots=1",
@@ -62,6 +63,20 @@ CHECKS = {
             torch.testing.assert_close(read, alone, rtol=1e-4, atol=1e-5)
             assert (read[0] - decoder.hidden(ids)[0, 0]).abs().max() > 1e-3
         assert eval_ner.Config(bidirectional=True).bidirectional and "bidirectional" in eval_ner.SETTINGS
+        """,
+    "gradient-rank": """
+        probed = lines("probes.jsonl")
+        grads = [{key: x for key, x in line.items() if key.startswith("rank/grad_")} for line in probed]
+        assert not grads[0] and len(grads[1]) == 3 * cfg.n_layers and grads[1] != grads[-1]
+        assert all(0 < value <= cfg.d_model for line in grads for value in line.values())
+        assert "effective rank, gradient of v_proj" in report.write(["run"], "report")[0]
+        learner = train.build_learner(cfg, torch.float32)
+        learner("lm", data.LMBatch(*[torch.randint(0, cfg.vocab_size, (2, 32))] * 2))[0]["lm"].backward()
+        weight = learner.decoder.model.layers[1].mlp.down_proj.weight
+        spectrum = torch.linalg.svdvals(weight.grad.double())
+        p = spectrum / spectrum.sum()
+        rank = probes.gradient_ranks(learner.decoder)["rank/grad_down_proj/01"]
+        assert rank == pytest.approx((-(p * p.log()).sum()).exp().item(), rel=1e-4)
         """,
     "inner-adam": """
         start, target = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([3.0, 0.1, 0.5001])
