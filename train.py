@@ -3,6 +3,8 @@
     python train.py configs/demo.py                                      # a laptop: two cores, five minutes
     python train.py configs/11m.py configs/vanilla.py --out_dir=out/11m-vanilla    # files overlay each other
     torchrun --standalone --nproc_per_node=8 train.py configs/570m.py    # eight GPUs
+    python train.py out/11m-vanilla --max_steps=9000                     # a run made longer
+    python watch.py out                                                  # all of them, live
 
 The same command again resumes from the newest checkpoint in out_dir. Ctrl-C, SIGTERM or SIGHUP finishes the
 step, writes a checkpoint and exits with 0. What can go wrong is watched for in nanomaml/trouble.py.

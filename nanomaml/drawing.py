@@ -7,7 +7,7 @@ from nanomaml import compare, runs
 from nanomaml.config import one_line
 from nanomaml.stats import speedup
 
-COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8c8c8c")  # of the
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8c8c8c")  # of the
 # groups: Okabe & Ito's, which colour-blind readers tell apart
 DASHES = {"-": "first layer", "--": "middle layer", ":": "last layer"}  # where colours are those of groups
 MOST = 12  # panels
