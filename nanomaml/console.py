@@ -2,7 +2,6 @@
 import math
 import os
 import sys
-import textwrap
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 
 import numpy as np
@@ -17,7 +16,7 @@ class Lasting(config.Visible):
     """A text stream whose failure, as of `| head`, is reported once, on stderr, then ignored."""
 
     def write(self, text):
-        self.attempt(super().write, text)
+        self.attempt(self.stream.write, text)  # as it is: progress bars of others have control characters
         return len(text)
 
     def flush(self):
@@ -89,13 +88,13 @@ def training_line(progress, line, last):
     parts, each = [numbered(progress.step, last), f"loss {loss}"], interval["seconds"] / interval["steps"]
     if "meta/query_loss" in line:
         parts += [f"query {line['meta/query_loss']:.3f} acc {line.get('meta/query_acc', math.nan):.3f}"]
-    parts += [f"lr {line['lr']:.2e}", f"grad {line['grad_norm']:.2f}",
+    parts += [f"lr {line['lr']:.1e}", f"grad {line['grad_norm']:.2f}",
               f"{1000 * each:.0f} ms", f"{line['tok_per_s']:,.0f} tok/s", f"MFU {line['mfu']:.0%}"]
     parts += [f"{kind} {line[f'share/{kind}']:.0%}" for kind in progress.micro_steps if kind != "lm"]
     parts += [f"skipped {line['skipped']}"] * (line["skipped"] > 0)
     parts += [f"waited for data {line['data_wait']:.0%}"] * (line["data_wait"] > 0.05)
     parts += [f"{clock((last - progress.step) * each)} left"] * (progress.step < last)
-    return " | ".join(parts)
+    return "  ".join(parts)
 
 
 def evaluation_line(step, metrics, probe, last):
@@ -108,14 +107,14 @@ def evaluation_line(step, metrics, probe, last):
                if name.startswith("val/") and name != "val/loss"]
     for name, label in (("adapt/query_acc", "query acc"), ("adapt/new_query_acc", "of new words")):
         parts += [f"{label} {metrics[name]:.3f}"] if name in metrics else []
-    for prefix, label in (("rank/resid/", "effective rank"), ("entropy/", "attention entropy")):
+    for prefix, label in (("rank/resid/", "rank"), ("entropy/", "entropy")):
         values = [value for name, value in probe.items() if name.startswith(prefix)]
         parts += [f"{label} {np.mean(values):.3g}"] if values else []
     if probe.get("step", step) != step:
         parts[-1] += f" (step {probe['step']})"
-    indent = " " * (len(parts[0]) + 1)
-    rest = textwrap.wrap("| ".join(domains), 118 - len(indent), break_on_hyphens=False)
-    return "\n".join([" | ".join(parts), *(f"{indent}| {line}" for line in rest)])
+    indent = " " * (len(parts[0]) + 2)
+    rows = [domains[i:i + 4] for i in range(0, len(domains), 4)]
+    return "\n".join(["  ".join(parts), *(indent + "  ".join(row) for row in rows)])
 
 
 def print_results(cfg, corpus, learner, tokenizer, eval_batches, metrics):

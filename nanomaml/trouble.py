@@ -105,7 +105,7 @@ class Watch:
         """Warns where the query loss was at ln N in five log lines in a row, never during warm-up; and where
         three lines in a row are less than half as fast as this process was in most lines.
         """
-        self.rates.append(line["tok_per_s"])
+        self.rates = [*self.rates[-50:], line["tok_per_s"]]
         usual = sorted(self.rates)[len(self.rates) // 2]
         if len(self.rates) > 6 and 2 * max(self.rates[-3:]) < usual:
             print0(f"note      {self.rates[-1]:,.0f} tok/s, after {usual:,.0f}: "

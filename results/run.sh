@@ -16,8 +16,9 @@ python -c "import scipy" 2> /dev/null || { echo "first: pip install -r requireme
 
 texts() { printf '%s\n' "$corpus"/*."$1".txt | paste -sd, -; }
 prepare() { [ -e "data/$1" ] || python prepare.py --out="data/$1" "${@:2}"; }
+numbered() { mapfile -t all; local i=0; for one in "${all[@]}"; do echo "echo '$1 $((i += 1)) of ${#all[@]}' >&2; $one"; done; }
 # A command that fails stops no other: its cells of the tables say "not measured".
-work() { python results/plan.py "$@" | tr '\n' '\0' | xargs -0 -n 1 -P "$jobs" sh -c 'sh -c "$1" || exit 1' _ || failed+=" $1"; }
+work() { python results/plan.py "$@" | numbered "$1" | tr '\n' '\0' | xargs -0 -n 1 -P "$jobs" sh -c 'sh -c "$1" || exit 1' _ || failed+=" $1"; }
 score() { python results/plan.py fetch "$treebanks" && work ner "$treebanks" "$@" || failed+=" fetch"; }
 
 prepare pydocs

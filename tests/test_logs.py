@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from nanomaml import files, logs, wandb_logs
+from nanomaml import console, files, logs, wandb_logs
+from nanomaml.resume import Progress
 
 
 def test_lines_are_appended_without_numbers_that_are_not_finite(tmp_path):
@@ -47,3 +48,18 @@ def test_heads_become_the_mean_of_their_layer_and_a_heatmap_of_layers_by_heads()
     assert images[0].dtype == np.uint8 and images[0].shape[2] == 4
     first, second, third = (np.flatnonzero((image != images[3]).any(axis=(1, 2))) for image in images[:3])
     assert first.max() < second.min() <= second.max() < third.min(), "rows of pixels that differ from flat"
+
+
+def test_evaluations_fit_120_columns_with_six_domains_and_say_what_is_left():
+    domains = ("brown", "movie_reviews", "news_abc", "state_union", "inaugural", "shakespeare")
+    metrics = {"val/loss": 5.0, "adapt/query_acc": 0.25, "adapt/new_query_acc": 0.5}
+    metrics |= {f"val/{name}": 5.0 for name in domains}
+    probe = {"step": 99_900, "rank/resid/00": 81.25, "entropy/00/00": 0.5}
+    lines = console.evaluation_line(100_000, metrics, probe, 100_000).splitlines()
+    progress = Progress(step=99_990, interval={"steps": 10, "seconds": 7.0}, micro_steps={"lm": 1, "episodes": 1})
+    line = {"train/loss": 4.5, "meta/query_loss": 2.5, "meta/query_acc": 0.25, "lr": 1e-3, "grad_norm": 0.5}
+    line |= {"tok_per_s": 12_345, "mfu": 0.5, "share/episodes": 0.5, "skipped": 0, "data_wait": 0.01}
+    lines.append(console.training_line(progress, line, 100_000))
+    assert max(map(len, lines[:-1])) <= 120, lines
+    assert all(f"val/{name} 5.0000" in "".join(lines) for name in domains)
+    assert lines[-1].endswith("0:07 left") and [console.clock(x) for x in (59.6, 3600)] == ["1:00", "1:00:00"]
