@@ -39,7 +39,7 @@ def test_a_job_whose_time_is_up_writes_a_checkpoint_and_comes_back_and_a_finishe
 
     with submit(1_000_000) as job:
         for line in job.stdout:
-            if re.match("step +3 ", line):
+            if re.match("step +3/", line):
                 os.kill(job.pid, signal.SIGUSR1)  # to the shell alone, as --signal=B:USR1 does
         assert job.wait(120) == 0
     calls = (tmp_path / "log").read_text().splitlines()
