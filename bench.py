@@ -2,6 +2,7 @@
 
     python bench.py configs/demo.py                        # any config and key of train.py; needs no data
     python bench.py configs/11m.py --batch_size=8 --context=512 --against=transformers --json
+    python bench.py configs/570m.py --plan                 # what a run will need; nothing is computed
 
 Everything takes turns in each round, and medians over the rounds are shown, so that a drift of the machine
 affects all figures. The text is synthetic: 10^9 tokens, made up where they are read.
@@ -10,26 +11,34 @@ import ctypes
 import gc
 import itertools
 import json
+import math
 import statistics
 import sys
 import tempfile
 import time
+import weakref
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
+from unittest import mock
 
 import numpy as np
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
 
 import export
 import probes
 import train
 from nanomaml import config, files, machine
-from nanomaml.config import Count, UserError, require
+from nanomaml.config import Count, Share, UserError, require
 from nanomaml.tokenizer import SPECIAL, encoding
+from schedule import block_kinds
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,8 @@ class Config(train.Config):
     rounds: Count = 5  # measurements of everything, after two for warming up
     against: Literal["", "transformers"] = ""  # measure its LlamaForCausalLM beside ours; empty: do not
     json: bool = False  # one JSON object instead of tables
+    plan: bool = False  # the memory, time and GPU-hours that a run will need, at the config's shapes
+    mfu: Share = 0.4  # that the plan assumes
 
     def __post_init__(self):
         super().__post_init__()  # of a vanilla config the episodes are measured too
@@ -240,6 +251,83 @@ def bench(cfg):
     return result | {"matrix": n, "micro_steps": micro_steps, "config": asdict(cfg)}
 
 
+class Alive(TorchDispatchMode):
+    """Adds up the bytes of all storages that are alive: `now`, and the most since `peak` was last set."""
+
+    def __init__(self):
+        super().__init__()
+        self.known, self.now, self.peak = WeakIdKeyDictionary(), 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, lambda x: self.count(x.untyped_storage()), made)
+        return made
+
+    def count(self, storage):
+        if storage not in self.known:
+            self.known[storage] = size = storage.nbytes()
+            self.add(size)
+            weakref.finalize(storage, self.add, -size)
+
+    def add(self, size):
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def needs(cfg):
+    """({what: bytes} on one rank, {kind: FLOPs of a micro-step}), of real micro-steps under fake tensors."""
+    sources = train.build_sources(cfg, {"lm", "episodes"}, *made_up(cfg.vocab_size))
+    made = {kind: batches[range(size)] for kind, (batches, size) in sources.items()}
+    entropy = probes.attention_entropy
+
+    def no_numbers(*args):  # fake tensors have none
+        entropy(*args)
+        return np.zeros((2, cfg.n_heads))
+
+    with FakeTensorMode(allow_non_fake_inputs=True), Alive() as alive:
+        learner = train.build_learner(cfg, torch.bfloat16)
+        memory, optimizers = {"parameters": alive.now}, train.build_optimizers(cfg, learner)
+        batch = {kind: type(b)(*(torch.empty(x.shape, dtype=x.dtype) for x in b)) for kind, b in made.items()}
+        update(learner, optimizers, lambda: sum(learner("lm", batch["lm"])[0].values()))
+        memory["parameters and optimizer"] = alive.now
+        for kind in batch:  # the first makes the gradients, which the second adds to
+            alive.peak = alive.now
+            sum(learner(kind, batch[kind])[0].values()).backward()
+            memory[f"peak, {kind} micro-step"] = alive.peak
+        alive.peak = alive.now
+        ids = torch.empty(max(2, -(-4 * cfg.d_model // cfg.context)), cfg.context, dtype=torch.long)
+        with torch.no_grad(), mock.patch.object(probes, "attention_entropy", no_numbers):
+            probes.measure(learner.decoder, ids, probes.gram)
+        memory["peak, probe"] = alive.peak
+        return memory, {kind: learner.flops(kind, batch[kind]) for kind in batch}
+
+
+def print_plan(cfg):
+    """What a run will need: the memory of a rank and, by the counted FLOPs, its time on some GPUs."""
+    memory, flops = needs(cfg)
+    twice, _ = needs(replace(cfg, batch_size=2 * cfg.batch_size, global_batch_size=2 * cfg.global_batch_size))
+    print(f"memory    of a rank, eager, in bfloat16; micro-batch {cfg.batch_size}, {cfg.episodes} episodes")
+    print_table([[what, gib(size)] for what, size in memory.items()])
+    of_lm, *others = list(memory.values())[2:]
+    each = (list(twice.values())[2] - of_lm) / cfg.batch_size  # bytes of a sequence
+    most = {room: (0.95e9 * room - of_lm) / each + cfg.batch_size if max(others) < 0.95e9 * room else 0
+            for room in (24, 40, 48, 80)}  # a twentieth is left for what the allocator and CUDA take
+    print("          batch_size that fits: " + ", ".join(
+        f"{room} GB {2 ** int(math.log2(x)) if x >= 1 else 'none'}" for room, x in most.items()))
+    print(f"time      of an update, and GPU-hours of {cfg.max_steps:,} updates, at {cfg.mfu:.0%} MFU")
+    rows = [["", "LM tokens", "FLOPs", *machine.PEAK_FLOPS]]
+    micro_steps = cfg.global_batch_size // cfg.batch_size  # over all ranks
+    for share in dict.fromkeys((cfg.meta_share, 0.0)):
+        own = replace(cfg, meta_share=share)
+        of_kind = {kind: (block_kinds(own) == kind).mean() for kind in flops}
+        of_update = micro_steps * sum(of_kind[kind] * flops[kind] for kind in flops)
+        tokens = of_kind["lm"] * cfg.global_batch_size * cfg.context * cfg.max_steps
+        seconds = [of_update / peak / cfg.mfu for peak in machine.PEAK_FLOPS.values()]
+        rows.append([f"meta_share {share:g}", f"{tokens / 1e9:.2f} G", f"{of_update * cfg.max_steps:.2e}",
+                     *(f"{x:,.2f} s, {x * cfg.max_steps / 3600:,.1f} h" for x in seconds)])
+    print_table(rows)
+
+
 def print_table(rows):
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
@@ -281,6 +369,8 @@ def print_result(result):
 
 def main(argv):
     cfg = config.load(Config, argv, __doc__)
+    if cfg.plan:
+        return print_plan(cfg)
     with redirect_stdout(sys.stderr):  # a note of train.py is not JSON
         result = bench(cfg)
     print(json.dumps(result)) if cfg.json else print_result(result)

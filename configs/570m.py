@@ -12,7 +12,7 @@ d_model = 1536  # the rest is the default: 12 layers, 12 heads, 4 key-value head
 # A micro-step of episodes reads 32 x (4 + 4) windows x 128 = 32,768 tokens, where one of next-token
 # prediction reads 8 x 2048 = 16,384; so halving batch_size doubles the episodes of an update.
 global_batch_size = 256
-batch_size = 8  # per GPU; not measured on one yet
+batch_size = 8  # per GPU: 28 GiB by bench.py --plan, so 40 GB do; 16 would take 48 GiB
 
 # The schedule is the default, the paper's. Where settings differ from it, and why: docs/differences.md.
 queries = 4

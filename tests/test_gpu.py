@@ -10,6 +10,7 @@ from conftest import ROOT, TOY, log, run, toy_config
 import bench
 import data
 import train
+from nanomaml import config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -104,3 +105,18 @@ def test_bench(capsys):
     bench.main([*TOY, "--device=auto", "--rounds=1", "--dtype=bfloat16", "--json"])
     result = json.loads(capsys.readouterr().out)
     assert result["compiled"] and result["steps"]["lm"]["peak_bytes"] > 0
+
+
+def test_the_memory_of_a_step_is_what_the_plan_says():
+    """But for the loss, which takes larger parts of the logits on a GPU."""
+    cfg = config.load(bench.Config, ["configs/65m.py", "--batch_size=4", "--global_batch_size=8"])
+    planned = bench.needs(cfg)[0]["peak, lm micro-step"]
+    learner = train.build_learner(cfg, torch.bfloat16).cuda()
+    optimizers = train.build_optimizers(cfg, learner)
+    sources = train.build_sources(cfg, {"lm"}, *bench.made_up(cfg.vocab_size))
+    batch = data.LMBatch(*(t.cuda() for t in sources["lm"].batches[range(4)]))
+    for _ in range(2):
+        torch.cuda.reset_peak_memory_stats()
+        bench.update(learner, optimizers, lambda: sum(learner("lm", batch)[0].values()))
+    larger = (4096 - 512) * cfg.vocab_size * 2  # bytes
+    assert torch.cuda.max_memory_allocated() == pytest.approx(planned + larger, rel=0.1)

@@ -56,7 +56,8 @@ def test_evaluations_fit_120_columns_with_six_domains_and_say_what_is_left():
     metrics |= {f"val/{name}": 5.0 for name in domains}
     probe = {"step": 99_900, "rank/resid/00": 81.25, "entropy/00/00": 0.5}
     lines = console.evaluation_line(100_000, metrics, probe, 100_000).splitlines()
-    progress = Progress(step=99_990, interval={"steps": 10, "seconds": 7.0}, micro_steps={"lm": 1, "episodes": 1})
+    interval, kinds = {"steps": 10, "seconds": 7.0}, {"lm": 1, "episodes": 1}
+    progress = Progress(step=99_990, interval=interval, micro_steps=kinds)
     line = {"train/loss": 4.5, "meta/query_loss": 2.5, "meta/query_acc": 0.25, "lr": 1e-3, "grad_norm": 0.5}
     line |= {"tok_per_s": 12_345, "mfu": 0.5, "share/episodes": 0.5, "skipped": 0, "data_wait": 0.01}
     lines.append(console.training_line(progress, line, 100_000))
