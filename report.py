@@ -83,43 +83,33 @@ def ner_rows(groups, tests, options):
 
 
 def answer(groups, names):
-    """What did meta-learning buy, if the last group is the baseline?"""
-    if len(groups) < 2:
-        return []
+    """What groups bought over the last, the baseline: the last values, not the best, and what runs took."""
     rows, found = [], compare.caveats(groups)
-    for axis in runs.shared_axes(groups) if "other text" not in found else []:
+    is_same_text = "other text" not in found
+    for axis in runs.shared_axes(groups) if is_same_text and len(groups) > 1 else []:
         losses, shares = runs.losses_at_equal(groups, axis)
         label = f"validation loss at equal {runs.AXES[axis]}"
         if max(shares) - min(shares) > 0.02:  # a loss falls as the learning rate decays
             label += f" ({' and '.join(f'{share:.0%}' for share in shares)} of the schedule)"
         rows += compared(groups, label + compare.mark(found), losses, ".3f")
+    for key in ["val/loss", *runs.domain_keys(groups)]:
+        label = "validation loss, " + ("nats" if key == "val/loss" else escaped(key[len("val/"):]))
+        label += compare.mark(found, "other text", *compare.DOUBTS)
+        rows += compared(groups, label, runs.last_values(groups, key), ".3f", comparable=is_same_text)
     rows += adaptation_rows(groups, "acc", "query accuracy")
-    for (mode, train, _, shots, *_), tests in runs.ner_scores(groups).items():
+    rows += adaptation_rows(groups, "loss", "query loss, nats")
+    for (mode, train, _, shots, *_), tests in runs.ner_scores(groups).items() if len(groups) > 1 else []:
         if mode != "majority":
-            options = train, mode, escaped(train), f"{shots or 'all'} sentences"
-            rows += ner_rows(groups, tests, options)
+            rows += ner_rows(groups, tests, (train, mode, escaped(train), f"{shots or 'all'} sentences"))
+    for key, label in runs.AXES.items():
+        form = ".0f" if key in ("step", "seconds") else ".3g"
+        rows += compared(groups, label, runs.last_values(groups, key), form, test=False)
     counts = [[phases.majority(of_layer)[0] for kind, by_layer in runs.layer_curves(group).items()
                if kind in runs.LABELS for of_layer in by_layer.values()] for group in groups]
     if any(counts):
         cells = [f"{verdicts.count(phases.RISE_AND_FALL)} of {len(verdicts)}" for verdicts in counts]
         rows.append(["curves that diversify, then compress", *cells, *[""] * (2 * (len(groups) == 2))])
-    return [comparison(names, rows)] if rows else []
-
-
-def end_of_training(groups, names):
-    """The last value of each loss and accuracy, not the best, and what the runs took."""
-    rows, found = [], compare.caveats(groups)
-    marks = compare.mark(found, "other text", *compare.DOUBTS)
-    for key in ["val/loss", *runs.domain_keys(groups)]:
-        label = "validation loss, " + ("nats" if key == "val/loss" else escaped(key[len("val/"):])) + marks
-        values = runs.last_values(groups, key)
-        rows += compared(groups, label, values, ".3f", comparable="other text" not in found)
-    rows += adaptation_rows(groups, "acc", "query accuracy")
-    rows += adaptation_rows(groups, "loss", "query loss, nats")
-    for key, label in runs.AXES.items():
-        form = ".0f" if key in ("step", "seconds") else ".3g"
-        rows += compared(groups, label, runs.last_values(groups, key), form, test=False)
-    return ["## At the end of training", comparison(names, rows)]
+    return [comparison(names, rows)]
 
 
 def speedup_to_equal_loss(groups, names):
@@ -195,7 +185,7 @@ def phases_of_curves(groups, names):
 
 
 # In the order of the report. Phases come last: the console shows what stands before them.
-SECTIONS = [end_of_training, speedup_to_equal_loss, universal_ner, phases_of_curves]
+SECTIONS = [speedup_to_equal_loss, universal_ner, phases_of_curves]
 
 
 def settings_that_differ(groups, names):
