@@ -36,7 +36,7 @@ import export
 import probes
 import train
 from nanomaml import config, files, machine
-from nanomaml.config import Count, Share, UserError, require
+from nanomaml.config import Count, Positive, UserError, require
 from nanomaml.tokenizer import SPECIAL, encoding
 from schedule import block_kinds
 
@@ -47,7 +47,7 @@ class Config(train.Config):
     against: Literal["", "transformers"] = ""  # measure its LlamaForCausalLM beside ours; empty: do not
     json: bool = False  # one JSON object instead of tables
     plan: bool = False  # the memory, time and GPU-hours that a run will need, at the config's shapes
-    mfu: Share = 0.4  # that the plan assumes
+    mfu: Positive = 0.4  # that the plan assumes
 
     def __post_init__(self):
         super().__post_init__()  # of a vanilla config the episodes are measured too

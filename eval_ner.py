@@ -375,6 +375,7 @@ def main(argv):
     decoder = checkpoint.load_model(state).to(device)
     tokenizer = load_tokenizer(path.parent, decoder.cfg.vocab_size)
     results_path = path.with_name("ner.jsonl")
+    files.require_no_link(results_path)
     results_path.open("a").close()  # an error rather now than after training
     train, dev, tests, types = choose_sentences(cfg)
     n_parameters = sum(p.numel() for p in decoder.parameters())

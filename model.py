@@ -18,18 +18,20 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanomaml.config import Count, Natural, Positive, Settings, require
+from nanomaml.config import Count, Positive, Settings, require
+
+Size = Annotated[int, "in 1 to 2**20", lambda n: 1 <= n <= 2**20]  # a checkpoint from elsewhere may say more
 
 
 @dataclass(frozen=True)
 class ModelConfig(Settings):
-    d_model: Count = 96  # width of the residual stream
+    d_model: Size = 96  # width of the residual stream
     n_layers: Annotated[int, "in 1 to 1000", lambda n: 1 <= n <= 1000] = 12  # decoder layers
     n_heads: Count = 12  # query heads; d_model / n_heads channels each
     n_kv_heads: Count = 4  # key-value heads, each shared by n_heads / n_kv_heads query heads
-    d_hidden: Natural = 0  # width of the MLP; 0: 4 x d_model
-    vocab_size: Count = 50304  # rows of the embedding and of the output layer; at least the tokenizer's
-    context: Count = 2048  # positions of a training sequence, and the most the model reads
+    d_hidden: Annotated[int, "in 0 to 2**22", lambda n: 0 <= n <= 2**22] = 0  # of the MLP; 0: 4 x d_model
+    vocab_size: Size = 50304  # rows of the embedding and of the output layer; at least the tokenizer's
+    context: Size = 2048  # positions of a training sequence, and the most the model reads
     rope_theta: Positive = 10000.0  # base of the rotary frequencies
     norm_eps: Positive = 1e-6  # added to the mean square in RMSNorm
 

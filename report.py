@@ -210,6 +210,8 @@ def tables(groups, names, sort=""):
     if len(groups) > 1:
         paired = all(runs.in_pairs([group, groups[-1]]) for group in groups[:-1])
         test = "t-test, paired by seed" if paired else "Welch's t-test"
+        if len(groups) > 2:
+            note += f" In brackets: the difference from {names[-1]}."
         note += " One run in a group: no test, and a difference may be chance." if min(
             map(len, groups)) == 1 else f" p: {test}, not corrected for the number of tests."
     head = [f"# {' against '.join(names)}", *settings_that_differ(groups, names), *answer(groups, names),
@@ -230,7 +232,9 @@ def write(places, out="", sort=""):
     config.require(out.name, f"out must be a path without ending, such as out/report, got {str(out)!r}")
     text = tables(found, names, sort)
     out.parent.mkdir(parents=True, exist_ok=True)
-    drawing.figure(found, names).savefig(f"{out}.png")
+    image = io.BytesIO()
+    drawing.figure(found, names).savefig(image)
+    files.replace(f"{out}.png", image.getvalue())
     files.replace(f"{out}.md", f"{text}\n![{escaped(' against '.join(names))}](<{out.name}.png>)\n")
     if n_runs > 1:
         rows = io.StringIO()
@@ -244,7 +248,7 @@ def main(argv):
     cfg = config.load(Config, flags, __doc__)
     text, out = write(given, cfg.out, cfg.sort)
     print(text.split("## Phases of")[0].rstrip() + "\n")
-    print(f"files     {out}.md (these tables, and the phases of every layer), {out}.png")
+    print(f"files     {out}.md (these tables, and the phases of every layer), .png; of several runs, .csv")
 
 
 if __name__ == "__main__":

@@ -355,7 +355,6 @@ def train(cfg, device, dtype, lock):
         console.print_setup(cfg, schedule, corpus, validation, learner, adaptation, progress, update_seconds)
     with (probes.Live(cfg, validation, log, progress, device) as live,
           trouble.Watch(cfg, progress, log) as watch):
-        watch.print_notes(lr_factor)
         while True:
             # Between updates: probe, evaluate, checkpoint, stop? A resumed step has done all that.
             learner.eval()

@@ -11,6 +11,7 @@ import base64
 import getpass
 import hashlib
 import json
+import os
 import socket
 import threading
 import time
@@ -41,6 +42,7 @@ class Watched:
 
     def __init__(self, places):
         self.places, self.runs, self.lock, self.version = places, {}, threading.Lock(), 0
+        self.session = os.urandom(4).hex()  # a page that another process served begins anew
         self.update()
         require(self.runs, f"{', '.join(places)}: no run there (a folder with log.jsonl); start one first")
 
@@ -51,14 +53,17 @@ class Watched:
             for folder in dict.fromkeys(map(Path, sum(map(compare.find_runs, self.places), []))):
                 if (folder / "log.jsonl").exists() and folder not in self.runs:
                     self.runs[folder] = Followed(folder, len(self.runs))
-            done = [run.update(self.version) for run in self.runs.values()]
-            return all(done)
+            is_all = True
+            for run in self.runs.values():
+                with suppress(OSError):  # a run that is being removed, or may not be read
+                    is_all &= run.update(self.version)
+            return is_all
 
     def data(self, have):
         """What is new for a page that has these versions, {number: version}, of the runs that it shows."""
         with self.lock:
             followed = list(self.runs.values())
-            return {"titles": TITLES, "runs": [run.status() for run in followed],
+            return {"session": self.session, "titles": TITLES, "runs": [run.status() for run in followed],
                     "new": [run.since(have[run.number]) for run in followed
                             if run.number in have and run.version > have[run.number]]}
 
@@ -71,7 +76,7 @@ def page(saved=None):
     """(watch.html, its Content-Security-Policy); saved: data that make it a file of its own."""
     text = Path(__file__).with_name("watch.html").read_text(encoding="utf-8")
     if saved is not None:
-        content = json.dumps(saved).replace("</", "<\\/")
+        content = json.dumps(saved).replace("<", "\\u003c")
         text = text.replace('<script src="/plotly.min.js">', f"<script>{library().decode()}")
         text = text.replace("const SAVED = null", f"const SAVED = {content}")
     scripts = [part.split("</script>")[0] for part in text.split("<script>")[1:]]
@@ -129,8 +134,7 @@ def serve(watched, port):
 
     def follow():
         while True:
-            if watched.update():
-                time.sleep(0.5)
+            time.sleep(0.5 if watched.update() else 0.02)  # in between, pages are answered
 
     for number in range(port, port + 100):
         with suppress(OSError, OverflowError):  # it is taken

@@ -58,7 +58,8 @@ def save(out_dir, state, keep, keep_every=0):
     path = Path(out_dir, f"ckpt_{state['step']:06d}.pt")
     partial = path.with_suffix(".partial")
     try:
-        with open(partial, "wb") as file:
+        partial.unlink(missing_ok=True)
+        with open(partial, "xb") as file:  # anew, so that a link there leads nowhere
             summed = Summed(file)
             torch.save(state, summed)
             file.write(TRAILER % summed.crc)
@@ -200,8 +201,14 @@ def load_model(source):
     """The Decoder of a checkpoint file, of a run's folder or of a state that was read; eval mode, on CPU."""
     state = source if isinstance(source, dict) else load(source)
     try:
+        cfg = load_config(ModelConfig, state)
+        with torch.device("meta"):  # before memory is taken for it
+            shapes = {(name, p.shape) for name, p in Decoder(cfg).state_dict().items()}
+        others = shapes ^ {(name, p.shape) for name, p in state["model"].items()}
+        if others:
+            raise KeyError(f"{sorted(map(str, others))[0]} is not of its settings")
         # A generator of its own, so that the caller's random numbers stay as they are.
-        decoder = Decoder(load_config(ModelConfig, state), torch.Generator())
+        decoder = Decoder(cfg, torch.Generator())
         decoder.load_state_dict(state["model"])
     except (KeyError, TypeError, AttributeError, RuntimeError, UserError) as error:
         where = "this state" if isinstance(source, dict) else source

@@ -1,5 +1,6 @@
 """What is compared: runs found and grouped, settings that differ, and what makes a comparison doubtful."""
 import glob
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from nanomaml.config import one_line, require
 # Settings that change no number of a report: where and how often a run writes.
 SILENT = {"seed", "out_dir", "log_every", "checkpoint_every", "keep", "keep_every", "report", "wandb",
           "wandb_project", "probe_every", "eval_every"}
-DOUBTS = ("other start", "unfinished", "lengthened")
+DOUBTS = ("unknown text", "other start", "unfinished", "lengthened")
 
 
 def find_runs(place):
@@ -29,7 +30,9 @@ def read(places):
     places: as typed. Folders with commas between are one group, and so is each of one or two run folders.
     Otherwise runs that differ in their seed alone are a group, named by the settings in which it differs.
     """
-    found = [[folder for place in text.split(",") if place for folder in find_runs(place)] for text in places]
+    places = [",".join(os.path.normpath(place) for place in text.split(",") if place) for text in places]
+    require(places and all(places), f"give the folders of runs, or groups of them with commas; got {places}")
+    found = [[folder for place in text.split(",") for folder in find_runs(place)] for text in places]
     if "," in "".join(places) or len(places) <= 2 and found == [[place] for place in places]:
         groups, names = runs.read_groups(found), runs.group_names(found)
     else:
@@ -42,6 +45,7 @@ def read(places):
         groups = [sorted(group, key=runs.by_seed) for group in by_settings.values()]
         names = [one_line(", ".join(f"{key}={of_group[key][0]}" for key in of_group) or "all runs", 60)
                  for of_group in differing_settings(groups)]
+        names = [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names, 1)]
     is_vanilla = [all(run["config"].get("meta_share") == 0 for run in group) for group in groups]
     order = sorted(range(len(groups)), key=lambda i: is_vanilla[i] and sum(is_vanilla) == 1)
     return [groups[i] for i in order], [names[i] for i in order]
@@ -86,13 +90,22 @@ def caveats(groups):
         keys = [f"final/{kind}{what}" for kind in runs.WORDS for what in ("ways", "words")]
         return {key: line[key] for line in run["log"] for key in keys if key in line}
 
-    if any(differ(lambda run: run["record"].get(what)) for what in ("validation", "tokenizer")):  # noqa: B023
-        found["other text"] = ("The runs were measured on different validation text, or with different "
-                               "tokenizers: their losses and accuracies cannot be compared.")
+    def text(run):
+        return [run["record"][key] for key in ("validation", "tokenizer") if key in run["record"]]
+
+    def sequences(run):
+        return [run["config"].get(key) for key in ("eval_sequences", "context")]
+
+    if differ(text) or differ(sequences):
+        found["other text"] = ("The runs were measured on different validation text or sequences of it, "
+                               "or with different tokenizers: losses and accuracies cannot be compared.")
+    elif any(map(text, everything)) and not all(map(text, everything)):
+        names = named(lambda run: not text(run))
+        found["unknown text"] = f"No run.json says on which text it was measured: {names}."
     if differ(ways_and_words) or differ(lambda run: [run["config"].get(key) for key in runs.INSTRUMENT]):
         found["other instrument"] = ("Adaptation was measured by different episodes (settings, words or "
                                      "number of ways): it is not compared.")
-    if len({run["config"].get("init_from") for run in everything}) > 1:
+    if len({run["config"].get("init_from") or "" for run in everything}) > 1:
         names = named(lambda run: run["config"].get("init_from"))
         found["other start"] = f"Not all runs start from the same weights: {names} from those of another run."
     if names := named(lambda run: is_finished(run) is False):
@@ -112,19 +125,16 @@ def table(groups, names, sort=""):
     """Rows, with a head, of all runs: what they are, how they ended. sort: a column's name."""
     differing = differing_settings([[run] for group in groups for run in group])
     rows = [["run", "group", "state", *differing[0], "seed", "loss", "accuracy at the mask",
-             "before the word", "rank", "zero-shot F1", "hours"]]
+             "before the word", "rank", "hours"]]
     everything = [(run, name) for group, name in zip(groups, names) for run in group]
     for (run, name), values in zip(everything, differing):
         finals = [runs.last_values([[run]], key)[0][:1] for key in (
             "val/loss", "final/mask_query_acc", "final/context_query_acc")]
         resid = [curves[0][1][-1] for curves in runs.layer_curves([run]).get("rank/resid", {}).values()]
-        scores = [(key, tests) for key, tests in runs.ner_scores([[run]]).items() if key[0] != "majority"]
-        f1 = [values[0][0] for (_, train, *_), tests in scores for test, values in tests.items()
-              if len(scores) == 1 and not runs.in_language(train, test)]  # no two ways are pooled
         hours = [run["log"][-1].get("seconds", 0) / 3600]
         state = "finished" if is_finished(run) else run["record"].get("state", "")
         rows.append([str(run["path"]), name, state, *(value for [value] in values.values()), str(run["seed"]),
-                     *(f"{np.mean(x):.4g}" if x else "" for x in (*finals, resid, f1, hours))])
+                     *(f"{np.mean(x):.4g}" if x else "" for x in (*finals, resid, hours))])
     if sort:
         require(sort in rows[0], f"sort = {sort!r} is none of the columns {', '.join(rows[0])}")
         column = rows[0].index(sort)

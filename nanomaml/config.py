@@ -147,7 +147,8 @@ def load(cls, argv, doc=""):
     try:
         return read(cls, argv, doc)
     except UserError:
-        if os.environ.get("LOCAL_RANK", "0") != "0":  # torchrun ends this rank once the first has exited
+        is_other = "WORLD_SIZE" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
+        if is_other:  # torchrun ends this rank once the first has exited
             time.sleep(30)
         raise
 
@@ -213,8 +214,10 @@ def joined(cls, argv):
     """`argv` with `--key value` as `--key=value`; a switch takes no value."""
     types_of, result = {field.name: field.type for field in dataclasses.fields(cls)}, []
     for arg in argv:
-        key = result[-1].removeprefix("--") if result and result[-1].startswith("--") else ""
-        if types_of.get(key, bool) not in (bool, bool | None) and not arg.startswith("--"):
+        key = result[-1].removeprefix("--") if result and re.fullmatch(r"--[\w-]+", result[-1]) else "help"
+        is_value = arg.lower() in ("true", "false", "none") if types_of.get(key) in (bool, bool | None) else (
+            key in types_of or key != "help" and not os.path.exists(arg))  # of a misspelt key: no path
+        if is_value and not arg.startswith("--"):
             result[-1] += f"={arg}"
         else:
             result.append(arg)

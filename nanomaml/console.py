@@ -72,6 +72,9 @@ def print_setup(cfg, schedule, corpus, validation, learner, adaptation, progress
               + ": the run is finished" * (progress.resumed_at >= cfg.max_steps))
     elif cfg.init_from:
         print(f"start     from the model of {cfg.init_from}")
+    if cfg.warmup_steps >= cfg.max_steps > 0:
+        print(f"note      max_steps = {cfg.max_steps} ends within warmup_steps = {cfg.warmup_steps}: "
+              "a share, as --warmup_steps=0.1, fits every length")
     if left := cfg.max_steps - progress.step:
         one = update_seconds / EXPECTED_MFU
         print(f"time      about {f'{one:.2g} s' if one < 60 else clock(one)} an update, {clock(left * one)} "
@@ -113,8 +116,11 @@ def evaluation_line(step, metrics, probe, last):
     if probe.get("step", step) != step:
         parts[-1] += f" (step {probe['step']})"
     indent = " " * (len(parts[0]) + 2)
-    rows = [domains[i:i + 4] for i in range(0, len(domains), 4)]
-    return "\n".join(["  ".join(parts), *(indent + "  ".join(row) for row in rows)])
+    lines = ["  ".join(parts)]
+    for i, domain in enumerate(domains):
+        fits = i and len(lines[-1]) + len(domain) <= 118
+        lines[-1:] = [f"{lines[-1]}  {domain}"] if fits else [lines[-1], indent + domain]
+    return "\n".join(lines)
 
 
 def print_results(cfg, corpus, learner, tokenizer, eval_batches, metrics):

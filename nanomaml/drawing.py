@@ -5,7 +5,6 @@ import numpy as np
 
 from nanomaml import compare, runs
 from nanomaml.config import one_line
-from nanomaml.stats import speedup
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8c8c8c")  # of the
 # groups: Okabe & Ito's, which colour-blind readers tell apart
@@ -52,17 +51,6 @@ def loss_panel(ax, groups, names, axis, mark):
     legend(ax, {name: {"color": color} for name, color in styled(names)})
 
 
-def speedup_panel(ax, names, levels, speedups, mark):
-    for axis, color in zip(speedups, ("black", "#8e44ad", "#27ae60", "#d68910")):
-        y, errors, _ = speedups[axis]
-        ax.plot(levels, y, color=color, label=runs.AXES[axis])
-        ax.fill_between(levels, y / np.exp(errors), y * np.exp(errors), color=color, alpha=0.12, lw=0)
-    ax.axhline(1, color="gray", lw=0.6)
-    ax.invert_xaxis()
-    ax.set(xlabel="validation loss, nats", ylabel="ratio", title=f"speedup of {names[0]} to equal loss{mark}")
-    legend(ax, {line.get_label(): {"color": line.get_color()} for line in ax.lines[:-1]})
-
-
 def adaptation_panel(ax, groups, kind):
     for run, style in styled_runs(groups):
         for read_out, (_, dashes) in runs.READ_OUTS.items():
@@ -89,16 +77,12 @@ def layers_panel(ax, kind, curves, names):
 def figure(groups, names):
     """All panels for which there are data, at most MOST, three in a row, at the width of a page."""
     names, found = list(map(plain, names)), compare.caveats(groups)
-    mark, is_same_text = compare.mark(found), "other text" not in found
     axes = [axis for axis in runs.shared_axes(groups) if axis != "step"] or ["step"]
     marks = compare.mark(found, "other text", *compare.DOUBTS)
     panels = [partial(loss_panel, groups=groups, names=names, axis=axis, mark=marks) for axis in axes]
-    levels, speedups = speedup(groups) if len(groups) == 2 and is_same_text else ([], {})
-    if speedups:
-        panels.append(partial(speedup_panel, names=names, levels=levels, speedups=speedups, mark=mark))
     panels += [partial(adaptation_panel, groups=groups, kind=kind) for kind in runs.WORDS
                if any(runs.last_values(groups, f"adapt/context_{kind}query_acc"))
-               and is_same_text and "other instrument" not in found]
+               and not {"other text", "other instrument"} & found.keys()]
     curves = [runs.layer_curves(group) for group in groups]
     kinds = dict.fromkeys(kind for of_group in curves for kind in of_group)
     kinds = sorted(kinds, key=lambda kind: kind in list(runs.LABELS)[2:])  # a fork's before the weights

@@ -11,7 +11,8 @@ def replace(path, content):
     """Writes a file anew, from bytes or text: a crash or a full disk (UserError) leaves the old one whole."""
     partial = Path(f"{path}.partial")
     try:
-        with open(partial, "wb") as file:
+        partial.unlink(missing_ok=True)
+        with open(partial, "xb") as file:  # anew, so that a link there leads nowhere
             file.write(content if isinstance(content, bytes) else content.encode())
             file.flush()
             os.fsync(file.fileno())
@@ -36,8 +37,13 @@ def parse(text):
     return finite(line) if isinstance(line, dict) else None
 
 
+def require_no_link(path):
+    require(not Path(path).is_symlink(), f"{path} is a link: nothing is written through it; remove it")
+
+
 def append(path, line):
     """Appends the dict `line` as JSON, in place of a last line that a kill tore; UserError if it fails."""
+    require_no_link(path)
     try:
         with open(path, "a+b") as file:
             end = file.seek(0, os.SEEK_END)

@@ -11,7 +11,7 @@ import time
 from nanomaml import files, phases, runs
 
 MOST, FRAMES = 2000, 400  # points of a curve, and of a heatmap
-CHUNK = 2**23  # bytes that are read at once: a page opens before a log of a million lines is read
+CHUNK = 2**20  # bytes that are read at once: a page opens before a log of a million lines is read
 TITLES = {"val/loss": "validation loss", "train/loss": "training loss, text alone", **runs.LABELS} | {
     f"adapt/{at}_{kind}query_acc": f"accuracy on {words}, {where}"
     for kind, words in runs.WORDS.items() for at, (where, _) in reversed(runs.READ_OUTS.items())}
@@ -66,9 +66,8 @@ class Followed:
     def update(self, version):
         """Reads what is new, and all where a log was replaced or cut, as by a resume. Whether all is read."""
         is_all = True
-        for path in (self.folder / name for name in ("log.jsonl", "probes.jsonl")):
-            if not path.exists() or path.resolve().parent != self.folder.resolve():  # a link to elsewhere
-                continue
+        for path in filter(self.is_own, ("log.jsonl", "probes.jsonl")):
+            path = self.folder / path
             with open(path, "rb") as file:
                 stat = os.fstat(file.fileno())
                 inode, place = self.read_to.get(path, (stat.st_ino, 0))
@@ -76,7 +75,10 @@ class Followed:
                     self.__init__(self.folder, self.number, version)
                     return False
                 file.seek(place)
-                whole, newline, _ = file.read(CHUNK).rpartition(b"\n")
+                text = file.read(CHUNK)
+            whole, newline, _ = text.rpartition(b"\n")
+            if not newline and len(text) == CHUNK:  # no line is so long: it is passed over
+                whole = text
             self.read_to[path] = inode, place + len(whole + newline)
             is_all &= self.read_to[path][1] + CHUNK > stat.st_size
             for line in filter(None, map(files.parse, whole.splitlines())):
@@ -84,41 +86,48 @@ class Followed:
                     self.add(line, version)
         return is_all
 
+    def is_own(self, name):
+        """Is it a plain file of this folder, and no link to elsewhere?"""
+        path = self.folder / name
+        return path.is_file() and path.resolve().parent == self.folder.resolve()
+
     def add(self, line, version):
         """Adds a line's metrics to their curves, of heads each layer's mean, and a frame of all heads."""
+        line = {key: value for key, value in line.items() if type(value) in (int, float)}
         at, values, heads = tuple(map(line.get, runs.AXES)), {}, {}
         for key, value in line.items():
             curve, layer = place_of(key)
-            if curve and type(value) in (int, float):
+            if curve:
                 values.setdefault(curve, []).append(value)
                 if layer:
                     heads.setdefault(layer, []).append(float(f"{value:.3g}"))
         for curve, found in values.items():
             if curve not in self.curves:
                 self.curves[curve] = Series(extremes)
-            self.curves[curve].add((*at, sum(found) / len(found)), version)
+            self.curves[curve].add((*at, sum(x / len(found) for x in found)), version)
         if heads:
             self.frames.add({"step": line["step"], "z": [heads[layer] for layer in sorted(heads)]}, version)
-        if "lr" in line:
-            self.pace = [*self.pace, (line["step"], line.get("seconds", 0.0))][-8:]
         self.last |= line
+        if "lr" in line:
+            self.pace = [*self.pace, (line["step"], self.last.get("seconds", 0.0))][-8:]
         self.version = version
 
     def status(self):
         """Where the run stands, for the head of the page."""
-        settings, record = (files.parse(path.read_bytes()) or {} if path.exists() else {}
-                            for path in (self.folder / "config.json", self.folder / "run.json"))
-        step, most = self.last.get("step", 0), settings.get("max_steps", 0)
+        settings, record = (files.parse((self.folder / name).read_bytes()) or {} if self.is_own(name) else {}
+                            for name in ("config.json", "run.json"))
+        step, most = self.last.get("step", 0), settings.get("max_steps")
+        is_known = type(most) is int
         steps, seconds = (b - a for a, b in zip(self.pace[0], self.pace[-1])) if self.pace else (0, 0.0)
         each = seconds / max(steps, 1)
         quiet = time.time() - max((path.stat().st_mtime for path in self.read_to if path.exists()), default=0)
-        state = "finished" if step >= most else record.get("state", "running")
+        state = "finished" if is_known and step >= most else str(record.get("state", "running"))
         if state == "running" and quiet > max(60, 50 * each):
             state = f"no line for {quiet / 60:.0f} min"
         saved = [path.stem.removeprefix("ckpt_") for path in self.folder.glob("ckpt_*.pt")]
-        return {"id": self.number, "name": str(self.folder), "state": state, "step": step, "max_steps": most,
+        return {"id": self.number, "name": str(self.folder), "state": state, "step": step,
+                "max_steps": most if is_known else None, "left": each * (most - step) if is_known else None,
                 "checkpoint": max(map(int, filter(str.isdecimal, saved)), default=None),
-                "left": each * (most - step),
                 **{key: self.last.get(key) for key in ("tok_per_s", "mfu", "skipped")},
                 "chance": {kind: 1 / self.last[f"adapt/{kind}ways"] for kind in runs.WORDS
                            if self.last.get(f"adapt/{kind}ways")},

@@ -132,6 +132,8 @@ def only_writer(path, what, wait=False):
     UserError that names it, or, with `wait`, says so and waits.
     """
     lock, holder = FileLock(path), Path(f"{path}.holder")
+    for file in (Path(path), holder):
+        require(not file.is_symlink(), f"{file} is a link: nothing is written through it; remove it")
     try:
         holder.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)

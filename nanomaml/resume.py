@@ -7,7 +7,6 @@ Knows `ModelConfig` of model.py.
 """
 import hashlib
 import json
-import math
 import os
 import sys
 import sysconfig
@@ -228,10 +227,14 @@ def check_progress(progress):
     counts = [progress.step, progress.tokens, progress.flops, progress.seconds, progress.stuck_logs,
               *progress.interval.values(), *progress.micro_steps.values()]
     pairs = [progress.skipped, *progress.sums.values()]
-    if not (progress.interval.keys() == {*INTERVAL} and all(0 <= n < math.inf for n in counts)
+    numbers = [n for _, line in progress.unlogged for n in line.values()]
+    if not (progress.interval.keys() == {*INTERVAL} and all(0 <= n < 2**63 for n in counts)
+            and {type(n) for n in [*counts, *numbers]} <= {int, float}
             and all(type(name) is str for name in [*progress.sums, *progress.micro_steps])
-            and all(pair.shape == (2,) for pair in pairs)
-            and all(file in logs.NAMES and type(line["step"]) is int for file, line in progress.unlogged)):
+            and all(pair.shape == (2,) and pair.dtype == torch.float32 for pair in pairs)
+            and progress.skipped.isfinite().all()
+            and all(file in logs.NAMES and type(line["step"]) is int and {*map(type, line)} == {str}
+                    for file, line in progress.unlogged)):
         raise ValueError("its counters or unwritten lines are not those of a run")
 
 

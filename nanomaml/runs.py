@@ -48,11 +48,8 @@ def read_run(folder):
 
 def read_groups(groups):
     """The runs of [[folder, ...], ...], those of a group in the order of their seeds."""
-    given = " ".join(",".join(map(str, folders)) for folders in groups)
-    require(groups and all(groups), f"give the folders of runs, or groups of them with commas between; got "
-                                    f"{given or 'none'}")
     paths = [Path(folder).resolve() for folders in groups for folder in folders]
-    require(len(set(paths)) == len(paths), f"a run is named twice in {given}")
+    require(len(set(paths)) == len(paths), f"a run is named twice: {', '.join(map(str, paths))}")
     found = [sorted(map(read_run, folders), key=by_seed) for folders in groups]
     for run in sum(found, []):
         require(is_measured(run), f"{run['path']} holds no run with a validation loss in log.jsonl")

@@ -42,8 +42,8 @@ TAG = "O|[BI]-.+"
 def counts_up(ids):
     """Do these texts count up by one, but for ranges (1-2) and empty nodes (8.1) of CoNLL-U?"""
     ids = [text for text in ids if not re.fullmatch(NO_WORD, text)]
-    first = int(ids[0]) if ids and re.fullmatch(r"\d{1,9}", ids[0]) else None
-    return first is not None and ids == [str(first + i) for i in range(len(ids))]
+    numbers = [int(text) for text in ids if re.fullmatch(r"\d{1,9}", text)]
+    return len(ids) == len(numbers) > 0 and numbers == [numbers[0] + i for i in range(len(numbers))]
 
 
 def find_ids(path, rows):
@@ -114,7 +114,9 @@ def read_treebank(path, types=None, content=None, encoding="utf-8"):
         tags.append(tag)
     require(sentences, f"{path} has no sentences")
     words, tags = (set(itertools.chain.from_iterable(column)) for column in zip(*sentences))
-    for is_so, what in ((tags == {"O"}, "no entity"), (all(map(str.isdecimal, words)), "numbers as words")):
+    same = [len({*words}) == 1 for words, _ in sentences if len(words) > 1]
+    for is_so, what in ((tags == {"O"}, "no entity"), (all(map(str.isdecimal, words)), "numbers as words"),
+                        (2 * sum(same) > len(same), "sentences of one word over and over")):
         if is_so:
             print(f"warning: {path} holds {what}", file=sys.stderr, flush=True)
     return sentences

@@ -118,14 +118,3 @@ class Watch:
             if self.progress.stuck_logs == 5:
                 print0(f"warning: the adapted query loss stays at ln N = {ln_n:.3f}: the episodes teach "
                        "nothing; try another inner_lr, a later meta_start, or fewer ways")
-
-    def print_notes(self, lr_factor):
-        """Prints a line on each length that cuts another short. lr_factor: train.py's."""
-        cfg, step, old = self.cfg, self.progress.step, self.progress.old_max_steps
-        for key in ("warmup_steps", *["meta_start"] * (cfg.meta_share > 0)):
-            if getattr(cfg, key) >= cfg.max_steps > 0:
-                print0(f"note      max_steps = {cfg.max_steps} ends before {key} = {getattr(cfg, key)}")
-        if old not in (None, cfg.max_steps) and cfg.warmup_steps < cfg.max_steps:
-            rate = "it ends here, the learning rate not decayed to 0" if step == cfg.max_steps else (
-                f"the learning rate goes on at {cfg.lr * lr_factor(cfg, step):.2e} and falls to 0 at the end")
-            print0(f"length    max_steps = {cfg.max_steps}, {old} before: {rate}")

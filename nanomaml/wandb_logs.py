@@ -73,8 +73,8 @@ def update_best(best, line):
 
     Accuracies and F1 are better when higher, losses when lower; standard errors have no best.
     """
-    measured = [key for key in line if key.startswith(("val/", "adapt/")) and not key.endswith("_error")
-                or key.endswith("dev_f1")]
+    measured = [key for key in line if key.startswith("val/") or key.endswith("dev_f1")
+                or key.startswith("adapt/") and key.endswith(("_acc", "_loss"))]
     for key in measured:
         better = max if key.endswith(("_acc", "_f1")) and not key.startswith("val/") else min
         best[f"best/{key}"] = better(line[key], best.get(f"best/{key}", line[key]))

@@ -102,8 +102,9 @@ TRAIN = [
     ("{tmp}/latin1.py", "config file {tmp}/latin1.py"),
     # sizes that ended in tracebacks, or never
     ("--n_layers=100000000", "n_layers must be in 1 to 1000, got 100000000"),
-    ("--vocab_size=100000000000", "vocab_size = 100000000000 is above 65536"),
-    ("--data={toy} --context=1000000000000", "no training bin holds 2 x context"),
+    ("--vocab_size=100000000000", "vocab_size must be in 1 to 2**20, got 100000000000"),
+    ("--data={toy} --context=1000000", "no training bin holds 2 x context"),
+    ("--data={toy} --vocab_size=70000", "vocab_size = 70000 is above 65536"),
     ("--data={toy} --shots=1000000000000", "windows of 8 tokens apart"),
     # fields that do not go together, with both numbers
     ("--d_model=102", "d_model = 102 must be an even multiple of n_heads = 2"),
@@ -348,6 +349,7 @@ def test_under_torchrun_the_first_rank_alone_says_what_is_wrong():
 def test_a_rank_whose_settings_alone_are_wrong_speaks_in_the_end(monkeypatch):
     waited = []
     monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(config.time, "sleep", waited.append)
     refuses(lambda: config.load(train.Config, ["--lr=-1"]), "lr must be positive")
     assert waited == [30]

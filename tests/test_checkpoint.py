@@ -1,4 +1,5 @@
 import io
+import math
 import zipfile
 import zlib
 from pathlib import Path
@@ -147,10 +148,23 @@ def test_a_step_that_is_not_the_names_or_outside_the_run_is_damage(tmp_path, cha
     assert checkpoint.newest(tmp_path)["step"] == 1
 
 
+@pytest.mark.parametrize("settings", [{"context": 10**8}, {"vocab_size": 6 * 10**7}, {"vocab_size": 10**6},
+                                      {"n_layers": 900}, {"d_model": 48}])
+def test_a_model_of_other_sizes_than_its_weights_takes_no_memory(tmp_path, settings):
+    """A small file could ask for all memory, or for hours."""
+    state = {"step": 1, "config": vars(CFG) | settings, "model": Decoder(CFG).state_dict()}
+    with pytest.raises(UserError, match="holds no model of train.py|must be in 1 to"):
+        checkpoint.load_model(state)
+    state["model"]["lm_head.weight"][0, 0] = math.nan
+    checkpoint.save(tmp_path, state, keep=1)
+    with pytest.raises(UserError, match="not finite: lm_head.weight"):
+        checkpoint.load(tmp_path / "ckpt_000001.pt")
+
+
 def test_a_full_disk_is_named(tmp_path, monkeypatch):
     """PyTorch's internal text was printed in its place."""
     def full(path, mode):
-        return open("/dev/full", mode)
+        return open("/dev/full", "wb")
 
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")

@@ -42,6 +42,8 @@ def test_flags_as_people_type_them():
     assert type(cfg.max_steps) is int
     refuses(lambda: load("--max_steps=1.5e0"), "max_steps must be int, got '1.5e0'")
     assert config.operands(Config, ["a", "--seed", "3", "b"]) == (["a", "b"], ["--seed=3"])
+    assert load("--compile", "False").compile is False
+    refuses(lambda: load("--max_step", "6000"), "unknown key 'max_step'", "did you mean 'max_steps'?")
 
 
 def test_updates_may_be_a_share_of_the_run():

@@ -153,6 +153,11 @@ def test_an_unclear_layout_is_refused_and_an_odd_one_warned_of(tmp_path, capsys)
     refuses(lambda: read_treebank(path), "is '1' an id before the word 'CD', or a word? ", "1 of 2 sentences")
     path.write_text("1990 CD O\n1991 CD O\n\n" + "Anna NNP B-PER\nin IN O\n\n" * 9)
     assert read_treebank(path)[0] == (["1990", "1991"], ["O", "O"]) and not capsys.readouterr().err
+    path.write_text("s1 0 Anna B-PER\ns1 1 in O\n\ns2 0 Lier B-LOC\ns2 1 . O\n")
+    read_treebank(path)
+    assert "holds sentences of one word over and over" in capsys.readouterr().err
+    path.write_text("01\tAnna\tB-PER\n02\tin\tO\n")
+    assert read_treebank(path) == [(["Anna", "in"], ["B-PER", "O"])]
     path.write_text("3 B-LOC\n5 O\n")
     read_treebank(path)
     path.write_text("Anna O\n")

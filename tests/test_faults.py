@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ import data
 import eval_ner
 import prepare
 import probes
+import report
 import train
 from nanomaml import checkpoint, files, logs, tokenizer, trouble
 from nanomaml.config import UserError
@@ -162,6 +164,25 @@ def test_a_malicious_pickle_never_runs_through_any_command(toy, half, tmp_path, 
     for source in (path.read_text() for path in (*ROOT.glob("*.py"), *ROOT.glob("nanomaml/*.py"))):
         assert all("weights_only=True" in call for call in re.findall(r"torch\.load\b(.*)", source))
         assert "pickle.load" not in source and "allow_pickle" not in source
+
+
+@pytest.mark.parametrize("name", ["config.json.partial", "log.jsonl.partial", "run.json.partial", "lock",
+                                  "lock.holder", "ckpt_000006.partial", "log.jsonl", "probes.jsonl"])
+def test_no_link_in_a_foreign_folder_leads_what_is_written_elsewhere(toy, half, tmp_path, name):
+    """Each overwrote the file that it pointed to, or began it."""
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (half / name).unlink(missing_ok=True)
+    (half / name).symlink_to(victim)
+    with suppress(UserError):
+        run(toy, half, "--checkpoint_every=1")
+    assert victim.read_text() == "mine"
+    (half / "ner.jsonl").symlink_to(tmp_path / "begun")
+    refuses(lambda: eval_ner.main([str(half), "--data=none"]), "ner.jsonl is a link")
+    (half / "report.png").symlink_to(victim)
+    if not (half / name).is_symlink():
+        report.write([half])
+    assert victim.read_text() == "mine" and not (tmp_path / "begun").exists()
 
 
 def test_a_torn_line_of_results_does_not_swallow_the_next(tmp_path):

@@ -28,6 +28,7 @@ def test_logs_are_truncated_after_a_step(tmp_path):
 
 def test_the_best_is_lowest_for_losses_and_highest_for_accuracies_and_f1():
     best = {}
+    assert not wandb_logs.update_best({}, {"adapt/ways": 16, "adapt/query_acc_unadapted": 0.5})
     for line in ({"val/loss": 3.0, "val/news": 4.0, "adapt/mask_query_acc": 0.5, "ner/seed1/dev_f1": 0.25},
                  {"val/loss": 2.0, "val/news": 5.0, "adapt/mask_query_acc": 0.25, "ner/seed1/dev_f1": 0.5},
                  {"val/loss": 2.5, "adapt/mask_query_loss": 1.0, "adapt/mask_query_acc_error": 0.0}):

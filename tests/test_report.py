@@ -114,7 +114,6 @@ def test_a_loss_that_rises_at_first_a_run_without_lm_tokens_and_no_common_loss(t
     for line in groups[0][0]["log"]:
         line["val/loss"] /= 100
     assert "no loss that all runs reach" in tables(groups) and "at loss" not in tables(groups)
-    assert not any("speedup" in ax.get_title() for ax in panels(groups))
 
 
 def test_no_report_is_lost_to_a_name(tmp_path):
@@ -132,6 +131,7 @@ PAIRS = [  # what differs in the second run, the mark, and what is then not comp
     ({}, "", ()),
     ({"record": {"validation": {"val": "2"}}}, "other text", ("loss", "speedup", "accuracy")),
     ({"record": {"tokenizer": "u"}}, "other text", ("loss", "speedup", "accuracy")),
+    ({"config": {"eval_sequences": 8}}, "other text", ("loss", "speedup", "accuracy")),
     ({"config": {"init_from": "out/a"}}, "other start", ()),
     ({"config": {"max_steps": 500}}, "unfinished", ()),
     ({"record": {"lengths": [100]}}, "lengthened", ()),
@@ -158,11 +158,19 @@ def test_what_must_not_be_compared_is_not_or_is_marked(tmp_path, change, mark, a
     for what, start in (("loss", "| validation loss at equal"), ("speedup", "## Speedup"),
                         ("accuracy", "| query acc")):
         assert any(line.startswith(start) for line in text.splitlines()) == (what not in absent), what
-        assert what == "loss" or any(start[3:8].lower() in t for t in titles) == (what not in absent), what
+        assert what != "accuracy" or any("query acc" in title for title in titles) == (what not in absent)
     assert (f"**{mark.capitalize()}.**" in text) == bool(mark) and ("** " in text) == bool(mark)
     assert row(text, "validation loss, nats")[2:] == (["", ""] if "loss" in absent else [gain, ""])
     if mark and mark != "other instrument":
         assert f"nats [{mark}]" in text and f"validation loss [{mark}]" in titles[0]
+
+
+def test_where_a_run_says_less_than_another_no_claim_is_made(tmp_path):
+    """Without its run.json other text was taken for equal, and without config.json "the same weights"."""
+    groups = two_groups(tmp_path)
+    groups[1][0]["record"] = {"validation": {"val": "1"}, "tokenizer": "t"}
+    groups[1][0]["config"] |= {"init_from": ""}
+    assert list(compare.caveats(groups)) == ["unknown text"] and "nats [unknown text]" in tables(groups)
 
 
 def test_vanilla_is_the_baseline_wherever_it_stands(tmp_path):
@@ -192,11 +200,11 @@ def test_a_sweep_is_grouped_by_what_differs(tmp_path, given):
     report.main([*(text.format(out) for text in given), f"--out={tmp_path}/x", "--sort", "loss"])
     table = list(csv.DictReader((tmp_path / "x.csv").open()))
     assert [line["lr"] for line in table] == ["0.3", "0.2", "0.2", "0.1"] and "keep" not in table[0]
-    assert {line["state"] for line in table} == {"finished"} and not table[0]["zero-shot F1"], "never pooled"
+    assert {line["state"] for line in table} == {"finished"}
     text = (tmp_path / "x.md").read_text()
     cells = row(text, "validation loss, nats")
     assert len(cells) == 3 and cells[0] == f"2.626 (+{2.626 - 8 * 121**-0.3:.3f})"
-    assert "begun" not in text
+    assert "begun" not in text and "In brackets: the difference from lr=0.3" in text
     with pytest.raises(UserError, match="sort = 'size' is none of the columns run, group"):
         report.main([str(out), "--sort=size", f"--out={tmp_path}/x"])
 
@@ -312,7 +320,7 @@ def test_a_probe_of_any_name_is_shown(tmp_path):
     assert text.index("| norm/resid ") > text.index("| effective rank, down_proj")
     assert row(text, "curves that")[0] == "8 of 10"  # those that the paper speaks of
     titles = [ax.get_title().split(") ")[1] for ax in panels(groups)]
-    assert titles[5:8] == ["attention entropy", "norm/resid", "effective rank, v_proj"]
+    assert titles[4:7] == ["attention entropy", "norm/resid", "effective rank, v_proj"]
     groups[0][0]["probes"][0] |= {f"probe{i}/00": 1.0 for i in range(30)}
     assert len(panels(groups)) == len(panels(groups[:1])) == 12
 
@@ -365,8 +373,8 @@ def test_runs_that_do_not_match_are_reported_all_the_same(tmp_path):
 
 
 @pytest.mark.parametrize(("options", "shown"), [
-    ({"layers": 2}, [3, 3, 3]), ({"layers": 0}, [3, 1]),
-    ({"layers": 12, "domains": "xyz", "episodes": True}, [3, 3, 3, 2])])
+    ({"layers": 2}, [3, 3, 2]), ({"layers": 0}, [3]),
+    ({"layers": 12, "domains": "xyz", "episodes": True}, [3, 3, 3, 1])])
 def test_the_figure_has_the_panels_there_are_data_for(tmp_path, options, shown):
     """Curves of both groups lie over each other, of the first, middle and last layer."""
     fig = drawing.figure(two_groups(tmp_path, speed=[1.5, 1.0], **options), ["a", "b"])
@@ -378,7 +386,6 @@ def test_the_figure_has_the_panels_there_are_data_for(tmp_path, options, shown):
     for ax, factor in zip(axes, (100, 2e9, 0.5)):  # tokens, FLOPs, seconds of a step
         assert ax.lines[0].get_xydata()[-1] == pytest.approx([400 * factor, 8 * 61**-0.3])
         assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
-    assert axes[3].lines[0].get_ydata()[-1] == pytest.approx(1.5, rel=0.01)
     for resid in (ax for ax in axes if "residual" in ax.get_title()):  # both groups, first to last layer
         drawn = [(line.get_color(), line.get_linestyle()) for line in resid.lines if len(line.get_xdata())]
         assert {color for color, _ in drawn} == set(drawing.COLORS[:2])
@@ -413,7 +420,7 @@ def test_bad_input_is_reported_in_one_line(tmp_path, capsys, monkeypatch):
     assert runs.read_run(damaged.pop())["log"][0] == {"step": 3}  # not finite: as if it was not there
     for given, message in (([], "give the folders of runs"), ([",", a], "give the folders of runs"),
                            (["no/such"], "no/such holds no run with a validation loss in log.jsonl"),
-                           ([f"{a},{a}"], f"a run is named twice in {a},{a}"),
+                           ([f"{a},{a}"], "a run is named twice"),
                            ([a, f"--out={a}/log.jsonl/x"], "log.jsonl"), ([a, "--out=."], "without ending"),
                            *(([folder], "log.jsonl, line 1: expected JSON with step") for folder in damaged)):
         monkeypatch.setattr(sys, "argv", ["report.py", *given])

@@ -1,6 +1,7 @@
 """watch.py and nanomaml/follow.py: what a page is sent, what is refused, and the page in a real browser."""
 import http.client
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -118,6 +119,30 @@ def test_a_link_out_of_the_runs_is_not_followed(tmp_path):
     run = follow.Followed(folder, 0)
     run.update(1)
     assert run.since(0)["curves"].keys() == {"val/loss", "lr"}
+
+
+def test_one_odd_folder_does_not_keep_the_others_from_the_page(tmp_path):
+    """Each ended the thread that reads, or every answer: in silence."""
+    good = write_run(tmp_path / "good")
+    watched = watch.Watched([str(tmp_path)])
+    write_run(tmp_path / "a", max_steps="x")
+    append(tmp_path / "a", '{"step": 10, "lr": 1, "seconds": "x", "adapt/ways": "4", "val/loss": 1.0}\n')
+    append(tmp_path / "a", '{"step": 11, "entropy/00/00": 1e308, "entropy/00/01": 1e308}\n')
+    (tmp_path / "b" / "log.jsonl").mkdir(parents=True)
+    (tmp_path / "c").mkdir()
+    long = "x" * (follow.CHUNK + 9) + "\n"
+    (tmp_path / "c" / "log.jsonl").write_text(long + line(3, **{"val/loss": 2.0}))
+    (tmp_path / "d").mkdir()
+    os.mkfifo(tmp_path / "d" / "log.jsonl")
+    append(good, line(10, **{"val/loss": 1.5}))
+    for _ in range(5):
+        watched.update()
+    data = json.loads(json.dumps(watched.data(dict.fromkeys(range(9), 0)), allow_nan=False))
+    found = {run["name"].rpartition("/")[2]: run for run in data["runs"]}
+    assert found["good"]["step"] == 10 and found["a"]["max_steps"] is None and found["c"]["step"] == 3
+    (good / "run.json").symlink_to(tmp_path / "c" / "log.jsonl")
+    assert watched.data({})["runs"][0]["facts"] == {}
+    assert data["session"] != watch.Watched([str(good)]).session
 
 
 # ---- what is refused ----
@@ -254,7 +279,7 @@ def test_the_page_of_a_run_that_is_training(browser, toy, tmp_path):
 
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_saved_page_opens_from_disk(browser, tmp_path, capsys, width):
-    write_run(tmp_path / "</script><b>", range(40))
+    write_run(tmp_path / "<!--<script>x<b>", range(40))
     watch.main([str(tmp_path), f"--save={tmp_path}/page.html"])
     assert "1 runs" in capsys.readouterr().out
     page = open_page(browser, Path(tmp_path / "page.html").as_uri(), width)
