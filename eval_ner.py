@@ -300,8 +300,8 @@ def fine_tune(decoder, train, dev, cfg, seed, dtype, log):
     total_steps = cfg.epochs * math.ceil(len(train.windows) / cfg.batch_size)
     step, best_epoch, best_weights = 0, 0, None
     best_score = (-1.0, 0.0)  # (dev F1, minus the dev loss): the loss decides while no span is correct yet
+    start = shown = time.perf_counter()
     for epoch in range(1, cfg.epochs + 1):
-        start = time.perf_counter()
         order = batches(train.windows, cfg.batch_size, generator)
         total_loss = torch.zeros((), device=device)  # read once per epoch, since reading waits for the device
         for batch in order:
@@ -314,14 +314,17 @@ def fine_tune(decoder, train, dev, cfg, seed, dtype, log):
             optimizer.zero_grad()
             total_loss += loss.detach()
             step += 1
-        loss, seconds = total_loss.item() / len(order), time.perf_counter() - start
+        loss = total_loss.item() / len(order)
         require(math.isfinite(loss), f"the loss of epoch {epoch} is not finite: lower lr = {cfg.lr:g}")
 
         predicted, dev_loss = predict(decoder, head, dev, cfg, dtype)
         dev_f1 = dev.score(predicted)["f1"]
-        print(f"{len(train.sentences):,} sentences, seed {seed}/{cfg.seeds} | epoch {epoch:>2}/{cfg.epochs} "
-              f"| loss {loss:.4f} | dev loss {dev_loss:.4f} F1 {100 * dev_f1:.1f} | at most "
-              f"{clock(seconds * (cfg.epochs - epoch))} left of this seed", flush=True)
+        now = time.perf_counter()
+        is_last = epoch == cfg.epochs or epoch - best_epoch >= cfg.patience
+        if is_last or now - shown > 10:
+            shown, left = now, clock((now - start) / epoch * (cfg.epochs - epoch))
+            print(f"{len(train.sentences):,} sentences, seed {seed}/{cfg.seeds}  epoch {epoch}/{cfg.epochs}  "
+                  f"loss {loss:.3f}  dev F1 {100 * dev_f1:.1f}  at most {left} left", flush=True)
         metrics = {"loss": loss, "dev_loss": dev_loss, "dev_f1": dev_f1}
         log({"step": step} | {f"ner/seed{seed}/{name}": value for name, value in metrics.items()})
         if (dev_f1, -dev_loss) > best_score:
