@@ -155,11 +155,11 @@ def main(argv):
         have = dict.fromkeys(range(len(watched.runs)), 0)
         saved = watched.data(have) | {"phases": {number: watched.phases(number) for number in have}}
         files.replace(cfg.save, page(saved)[0])
-        print(f"{cfg.save}: {len(have)} runs; any browser opens it, without a network")
+        print(f"{cfg.save}: {len(have)} run{'s' * (len(have) > 1)}; any browser opens it, without a network")
         return
     server = serve(watched, cfg.port)
     port = server.server_address[1]
-    print(f"watching  {len(watched.runs)} runs: http://127.0.0.1:{port}   (Ctrl-C ends it)\n"
+    print(f"watching  {len(watched.runs)} run{'s' * (len(watched.runs) > 1)}: http://127.0.0.1:{port}   (Ctrl-C ends it)\n"
           f"elsewhere ssh -N -L {port}:127.0.0.1:{port} {getpass.getuser()}@{socket.gethostname()}",
           flush=True)
     try:

@@ -281,7 +281,7 @@ def test_the_page_of_a_run_that_is_training(browser, toy, tmp_path):
 def test_the_saved_page_opens_from_disk(browser, tmp_path, capsys, width):
     write_run(tmp_path / "<!--<script>x<b>", range(40))
     watch.main([str(tmp_path), f"--save={tmp_path}/page.html"])
-    assert "1 runs" in capsys.readouterr().out
+    assert "1 run; any" in capsys.readouterr().out
     page = open_page(browser, Path(tmp_path / "page.html").as_uri(), width)
     until(page, f"({POINTS})[0] === 40")
     assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing to scroll sideways"
