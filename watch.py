@@ -159,7 +159,8 @@ def main(argv):
         return
     server = serve(watched, cfg.port)
     port = server.server_address[1]
-    print(f"watching  {len(watched.runs)} run{'s' * (len(watched.runs) > 1)}: http://127.0.0.1:{port}   (Ctrl-C ends it)\n"
+    n_runs = len(watched.runs)
+    print(f"watching  {n_runs} run{'s' * (n_runs > 1)}: http://127.0.0.1:{port}   (Ctrl-C ends it)\n"
           f"elsewhere ssh -N -L {port}:127.0.0.1:{port} {getpass.getuser()}@{socket.gethostname()}",
           flush=True)
     try:
