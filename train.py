@@ -30,17 +30,7 @@ from adaptation import AdaptationTest
 from meta import Head, Learner
 from model import Decoder, ModelConfig
 from nanomaml import bins, checkpoint, config, console, logs, machine, phases, ranks, record, resume, trouble
-from nanomaml.config import (
-    Count,
-    Natural,
-    NonNegative,
-    Positive,
-    Share,
-    Updates,
-    UserError,
-    one_line,
-    require,
-)
+from nanomaml.config import Count, Natural, NonNegative, Positive, Share, UserError, one_line, require
 from nanomaml.machine import Dtype
 from nanomaml.ranks import print0
 from nanomaml.tokenizer import NoDownload
@@ -63,7 +53,7 @@ class Config(ModelConfig):
     global_batch_size: Count = 256  # sequences of an update, over all ranks and micro-steps
     batch_size: Count = 16  # sequences of a micro-step on each rank
     lr: Positive = 3e-4  # peak learning rate
-    warmup_steps: Updates = 5 / 12  # linear warm-up from 0, then decay to 0 at max_steps; below 1: a share
+    warmup_steps: config.Updates = 5 / 12  # warm-up from 0, then decay to 0 at max_steps; below 1: a share
     weight_decay: NonNegative = 0.1  # AdamW, on matrices only
     beta1: Beta = 0.9  # AdamW, decay of the mean gradient
     beta2: Beta = 0.95  # AdamW, decay of the mean squared gradient
@@ -71,7 +61,7 @@ class Config(ModelConfig):
     # episodes
     meta_share: Share = 0.5  # probability that a block of micro-steps reads episodes; 0: off (vanilla)
     meta_blocks: Count = 2  # parts of an update whose kind is drawn separately; must divide its micro-steps
-    meta_start: Updates = 0  # updates before the first episode; below 1: a share of max_steps
+    meta_start: config.Updates = 0  # updates before the first episode; below 1: a share of max_steps
     meta_weight: NonNegative = 1.0  # factor on the query loss
     read_out: Literal["mask", "context"] = "mask"  # where a word is read: its mask, or one position before it
     ways: Several = 32  # N, words to tell apart in an episode

@@ -53,7 +53,7 @@ def read(places):
 
 def settings(run):
     """Those that may change a number of a report, but for the seed."""
-    return {key: f"{value:g}" if isinstance(value, float) else str(value)
+    return {key: f"{value:.15g}" if isinstance(value, float) else str(value)
             for key, value in run["config"].items() if key not in SILENT}
 
 

@@ -24,7 +24,8 @@ class RunLog:
         if self.is_first:
             if progress.resumed_at is not None:
                 before = files.parse(path.read_bytes()) or {} if path.exists() else {}
-                old, lengths = progress.old_max_steps, before.get("lengths") or []
+                old, lengths = progress.old_max_steps, before.get("lengths")
+                lengths = lengths if isinstance(lengths, list) else []
                 facts["lengths"] = lengths + [old] * (old != cfg.max_steps)  # its earlier max_steps
                 facts["started"] = before.get("started", facts["started"])
             if not self.is_idle:

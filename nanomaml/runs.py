@@ -41,6 +41,9 @@ def read_run(folder):
         require(not wrong, f"{folder / name}: expected numbers, got {one_line(wrong[:1], 100)}")
     settings, record = (parse(path.read_bytes()) or {} if path.exists() else {}
                         for path in (folder / "config.json", folder / "run.json"))
+    for key in ("seed", "max_steps"):  # it may be of another program
+        if type(settings.get(key)) is not int:
+            settings.pop(key, None)
     return {"path": folder, "seed": settings.get("seed"), "config": settings, "record": record, "log": log,
             "probes": probes,
             "ner": read_jsonl(folder / "ner.jsonl", "mode", "train", "test", "seed", "step", "f1")}

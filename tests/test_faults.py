@@ -118,6 +118,13 @@ def test_a_run_goes_on_without_its_log_or_config(toy, half, whole, capsys):
     assert json.loads((half / "config.json").read_text())["out_dir"] == str(half)
 
 
+@pytest.mark.parametrize("content", ['{"lengths": 3, "started": []}', '{"lengths": {"a": 1}}', "[]", "x"])
+def test_a_run_json_from_elsewhere_ends_no_resume(toy, half, content):
+    (half / "run.json").write_text(content)
+    run(toy, half, "--max_steps=11", "--warmup_steps=2")
+    assert json.loads((half / "run.json").read_text())["lengths"] == [10]
+
+
 def test_a_run_whose_checkpoints_are_gone_is_not_wiped(toy, half):
     """The same command began again and left 2 lines of 45."""
     for path in half.glob("ckpt*"):

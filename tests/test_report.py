@@ -173,6 +173,17 @@ def test_where_a_run_says_less_than_another_no_claim_is_made(tmp_path):
     assert list(compare.caveats(groups)) == ["unknown text"] and "nats [unknown text]" in tables(groups)
 
 
+def test_a_foreign_config_or_run_json_ends_no_report(tmp_path):
+    """max_steps as text was a traceback, and rates that differ in the 7th digit were one."""
+    for name, seed, lr in (("a", "x", 0.1), ("b", 2, 0.10000001)):
+        folder = Path(write_run(tmp_path / name))
+        (folder / "config.json").write_text(json.dumps({"seed": seed, "max_steps": "many", "lr": lr}))
+        (folder / "run.json").write_text('{"state": {}, "lengths": 3, "validation": [1]}')
+    groups, names = compare.read([str(tmp_path)])
+    assert names == ["lr=0.1", "lr=0.10000001"] and groups[0][0]["seed"] is None
+    assert "[lengthened]" in report.tables(groups, names)
+
+
 def test_vanilla_is_the_baseline_wherever_it_stands(tmp_path):
     """Named first, it was the hero: "1.24 times sooner"."""
     folders = [write_run(tmp_path / name, seed=1) for name in ("vanilla", "hybrid")]
