@@ -57,6 +57,15 @@ def test_the_windows_are_held_out_text_of_words_that_may_and_may_not_be_classes(
     assert all(2 <= len(pool) < 5000 for pool in test.pools.values()) and "16-way" not in test.describe()
 
 
+def test_ways_and_words_are_those_that_were_used(folder):
+    """A 7-way test was said to have the chance of a 16-way one."""
+    test = instrument(folder, eval_ways=5000, eval_episodes=1)
+    metrics = test.measure(sharp(CFG), torch.float32, is_last=True)
+    for prefix, pool in test.pools.items():
+        assert metrics[f"adapt/{prefix}ways"] == metrics[f"final/{prefix}ways"] == len(pool) != 16
+        assert metrics[f"final/{prefix}words"] == len(pool)
+
+
 @pytest.mark.parametrize("every_word", [False, True])
 def test_accuracies_equal_a_plain_loop(folder, every_word):
     """An ordinary linear layer from zero, trained by an ordinary optimizer, episode by episode."""

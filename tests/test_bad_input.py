@@ -282,6 +282,7 @@ def test_a_failure_of_the_machine_is_no_mistake_of_the_user(monkeypatch, capsys,
 @pytest.mark.parametrize("given, says", [
     ({"RANK": "8"}, None), ({"RANK": ""}, None), ({"RANK": "0", "WORLD_SIZE": "1"}, None),  # alone
     ({"WORLD_SIZE": "2"}, "WORLD_SIZE='2' and not all of what torchrun sets"),
+    ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "and not all of what torchrun sets"),
     *[(dict(zip(ranks.LAUNCHER, (rank, "2", "0", "x", "1"))), f"RANK='{rank}'") for rank in ("two", "", "2")],
 ])
 def test_launcher_variables_are_believed_together_or_not_at_all(monkeypatch, given, says):

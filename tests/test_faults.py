@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TOY, last_of_each, log, refuses, results, rewrite, run, same
+from conftest import ROOT, TOY, last_of_each, log, refuses, results, rewrite, run, same, toy_config
 
 import adaptation
 import data
@@ -184,7 +184,9 @@ def test_no_link_in_a_foreign_folder_leads_what_is_written_elsewhere(toy, half, 
     with suppress(UserError):
         run(toy, half, "--checkpoint_every=1")
     assert victim.read_text() == "mine"
-    (half / "ner.jsonl").symlink_to(tmp_path / "begun")
+    for link in ("ner.jsonl", "other.jsonl"):  # to nothing: it would be begun
+        (half / link).symlink_to(tmp_path / "begun")
+    refuses(lambda: files.append(half / "other.jsonl", {"step": 1}), "other.jsonl is a link")
     refuses(lambda: eval_ner.main([str(half), "--data=none"]), "ner.jsonl is a link")
     (half / "report.png").symlink_to(victim)
     if not (half / name).is_symlink():
@@ -272,6 +274,19 @@ def test_ten_bad_updates_in_a_row_end_the_run_whenever_they_begin(first):
             watch.require_finite()
             looks += watch.look
     assert progress.step == first + 10 and looks <= 9
+
+
+def test_a_rate_that_halves_is_noted_once_it_lasts(capsys):
+    """Cores shared with another process make two threads many times slower, and nothing said so."""
+    watch = trouble.Watch(toy_config(), Progress(), SimpleNamespace(failure=None))
+    for rate in [1000] * 8 + [400, 1000] + [400] * 2:
+        watch.look_at({"tok_per_s": rate})
+    assert not capsys.readouterr().out, "single slow lines"
+    watch.look_at({"tok_per_s": 400})
+    assert "400 tok/s, after 1,000: does another process use these cores?" in capsys.readouterr().out
+    for _ in range(20):
+        watch.look_at({"tok_per_s": 400})
+    assert not capsys.readouterr().out
 
 
 # ---- nobody who reads the output ----

@@ -51,7 +51,15 @@ def test_a_run_writes_what_others_read(whole):
     assert data.load_tokenizer(str(whole)).n_vocab == TOY_VOCAB
     facts = json.loads((whole / "run.json").read_text())
     assert facts["state"] == "finished" and facts["command"] and facts["torch"] == torch.__version__
-    assert len(facts["tokenizer"]) == 16 and facts["validation"].keys() == {"val"} and facts["ranks"] == 1
+    assert len(facts["tokenizer"]) == 16 and facts["ranks"] == 1
+    [(name, split)] = data.open_corpus(checkpoint.newest(whole)["config"]["data"])[1].items()
+    assert facts["validation"] == {name: split.digest}
+    cfg = config.load(train.Config, [str(whole)])
+    corpus, _, tokenizer = train.load_data(cfg, True)
+    plan = Schedule(cfg, 1)
+    planned = plan.mean_flops(train.build_learner(cfg, torch.float32), train.build_sources(
+        cfg, plan.names, corpus, tokenizer))
+    assert lines[-1]["flops"] == pytest.approx(planned * cfg.max_steps), "what the time left was told from"
     assert facts["started"] <= facts["updated"] and len(facts.get("commit", "x" * 40)) == 40
 
 

@@ -74,7 +74,7 @@ def test_a_log_that_was_replaced_or_cut_is_shown_right(tmp_path, replace):
     run.update(1)
     kept = "".join((folder / "log.jsonl").read_text().splitlines(True)[:5])
     if replace:
-        (folder / "new").write_text(kept + line(5, **{"val/loss": 1.0}))
+        (folder / "new").write_text(kept + line(5, **{"val/loss": 1.0}) + " " * 10_000 + "\n")  # and longer
         (folder / "new").rename(folder / "log.jsonl")
     else:
         (folder / "log.jsonl").write_text(kept)
