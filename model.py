@@ -153,7 +153,7 @@ class Backbone(nn.Module):
         return self.norm(self.layers[-1](x, *rope, mask, last))
 
 
-PIECE = 32  # rows of logits
+SOFTMAX_ROWS = 32  # rows of logits whose softmax is taken at once on a CPU
 
 
 def softmax_loss(logits, target, dtype):
@@ -161,9 +161,9 @@ def softmax_loss(logits, target, dtype):
 
     The gradient is in `dtype`, everything in between in float32 at least; the logits may be overwritten.
     """
-    if logits.device.type == "cpu" and len(logits) > PIECE and dtype != torch.float32:
+    if logits.device.type == "cpu" and len(logits) > SOFTMAX_ROWS and dtype != torch.float32:
         losses = []  # what stays in the processor's cache in float32 need not go through memory
-        for piece, labels in zip(logits.split(PIECE), target.split(PIECE)):
+        for piece, labels in zip(logits.split(SOFTMAX_ROWS), target.split(SOFTMAX_ROWS)):
             loss, grad = softmax_loss(piece, labels, dtype)
             losses.append(loss)
             piece.copy_(grad)
@@ -191,6 +191,7 @@ class OutputLoss(torch.autograd.Function):
         grad_x, grad_w = (torch.empty_like(x), torch.zeros_like(weight)) if with_grad else (x, weight)
         # One buffer for the logits of all parts: on a CPU, pages that are new to the process are slow.
         logits = w.new_empty(min(rows, len(x)), len(w))
+        columns = 2048 if x.device.type == "cpu" else len(w)  # on a CPU, what its cache holds
         for part, target, grad in zip(x.to(dtype).split(rows), targets.split(rows), grad_x.split(rows)):
             torch.mm(part, w.mT, out=logits[:len(part)])
             loss, grad_logits = softmax_loss(logits[:len(part)], target, dtype)  # (), (rows, V)
@@ -200,7 +201,8 @@ class OutputLoss(torch.autograd.Function):
                 if dtype == grad_w.dtype:
                     grad_w.addmm_(grad_logits.mT, part)
                 else:
-                    grad_w.add_(grad_logits.mT @ part)
+                    for of_w, of_logits in zip(grad_w.split(columns), grad_logits.split(columns, dim=1)):
+                        of_w.add_(of_logits.mT @ part)
         ctx.save_for_backward(grad_x, grad_w)
         return total / len(x)
 
