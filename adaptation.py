@@ -54,14 +54,14 @@ class AdaptationTest:
                 max_share=cfg.max_word_share)
             rng = np.random.default_rng(0)  # not the run's seed: runs of all seeds have the same test
             try:
-                pieces = series.read_pieces(rng, data.PIECES << 4)
+                chunks = series.read_chunks(rng, data.CHUNKS << 4)
             except UserError:  # bins from elsewhere
                 self.lacks = "the text holds ids that the tokenizer lacks"
                 return
-            words = itertools.islice(series.classes(rng, pieces, count), 4 * cfg.eval_ways)
+            words = itertools.islice(series.classes(rng, chunks, count), 4 * cfg.eval_ways)
             windows = [windows for _, windows in words]
             if prefix == "":
-                self.lacks = f"too few of its words repeat: {series.lack(pieces)}"
+                self.lacks = f"too few of its words repeat: {series.lack(chunks)}"
             if len(windows) >= 2:
                 text = np.array(windows)  # (words, M, T)
                 masks = np.full((*text.shape[:2], 1), series.mask_id)
@@ -138,10 +138,10 @@ def main(argv):
     config.load(config.Settings, flags, __doc__)
     require(folders, "name the folders of runs, for instance out/demo; got none")
     for folder in folders:
-        state, tokenizer = checkpoint.load(folder), data.load_tokenizer(folder)
-        tokenizer.token_byte_values()  # UserError for an imported model's
+        state = checkpoint.load(folder)
         require("eval_ways" in state["config"], f"{folder} holds no run of train.py")
         cfg = SimpleNamespace(**state["config"])
+        tokenizer = data.load_tokenizer(folder, cfg.vocab_size)
         test = AdaptationTest(cfg, data.open_corpus(cfg.data)[1], tokenizer)
         line = {"run": folder, "step": state["step"]}
         line |= test.final(checkpoint.load_model(state), torch.float32)

@@ -310,10 +310,10 @@ def print_plan(cfg):
     print_table([[what, gib(size)] for what, size in memory.items()])
     of_lm, *others = list(memory.values())[2:]
     each = (list(twice.values())[2] - of_lm) / cfg.batch_size  # bytes of a sequence
-    most = {room: (0.95e9 * room - of_lm) / each + cfg.batch_size if max(others) < 0.95e9 * room else 0
+    fits = {room: (0.95e9 * room - of_lm) / each + cfg.batch_size if max(others) < 0.95e9 * room else 0
             for room in (24, 40, 48, 80)}  # a twentieth is left for what the allocator and CUDA take
     print("          batch_size that fits: " + ", ".join(
-        f"{room} GB {2 ** int(math.log2(x)) if x >= 1 else 'none'}" for room, x in most.items()))
+        f"{room} GB {2 ** int(math.log2(x)) if x >= 1 else 'none'}" for room, x in fits.items()))
     print(f"time      of an update, and GPU-hours of {cfg.max_steps:,} updates, at {cfg.mfu:.0%} MFU")
     rows = [["", "LM tokens", "FLOPs", *machine.PEAK_FLOPS]]
     micro_steps = cfg.global_batch_size // cfg.batch_size  # over all ranks

@@ -24,8 +24,8 @@ from nanomaml.words import fold, lack_of_words, spells, word_tables
 
 EMBEDDED = "data/pydocs"  # train.py prepares this folder by itself where it is missing
 
-# Where an episode looks for its words: PIECES stretches of PIECE tokens at random places, sorted by token.
-PIECES, PIECE = 32, 4096
+# Where an episode looks for its words: CHUNKS stretches of CHUNK tokens at random places, sorted by token.
+CHUNKS, CHUNK = 32, 4096
 
 
 # ---- next-token prediction ----
@@ -154,9 +154,9 @@ class Episodes:
         self.tables = word_tables(tokenizer, word_targets)
         self.is_class = self.tables.word & (self.tables.held_out == held_out)
         self.mask_id = tokenizer.encode_single_token("<|mask|>")
-        # Pieces are cut from the shards at a random offset. A short corpus has few, or one that is shorter.
-        self.piece = min(PIECE, max(map(len, corpus.shards)))
-        self.counts = np.array([max(1, len(shard) // self.piece - 1) if len(shard) >= self.piece else 0
+        # Chunks are cut from the shards at a random offset. A short corpus has few, or one that is shorter.
+        self.chunk = min(CHUNK, max(map(len, corpus.shards)))
+        self.counts = np.array([max(1, len(shard) // self.chunk - 1) if len(shard) >= self.chunk else 0
                                 for shard in corpus.shards])
         self.ends = np.cumsum(self.counts)
 
@@ -168,44 +168,44 @@ class Episodes:
 
     def episode(self, index):
         """(words (N,), windows (N, K + Q, T)) of episode `index`. Row n has label n, its support first."""
-        rng, most, count = np.random.default_rng([self.seed, 1, index]), 0, self.shots + self.queries
+        rng, found, count = np.random.default_rng([self.seed, 1, index]), 0, self.shots + self.queries
         for attempt in range(8):  # where few words repeat, look in more text
-            pieces = self.read_pieces(rng, PIECES << attempt)
-            classes = list(itertools.islice(self.classes(rng, pieces, count), self.ways))
+            chunks = self.read_chunks(rng, CHUNKS << attempt)
+            classes = list(itertools.islice(self.classes(rng, chunks, count), self.ways))
             if len(classes) == self.ways:
                 words, windows = zip(*classes)
                 return np.array(words, np.int64), np.array(windows)
-            most = max(most, len(classes))
-        raise UserError(f"episodes: only {most} words have {count} windows of {self.window} tokens apart in "
-                        f"{pieces.size:,} tokens, ways = {self.ways} are needed; {self.lack(pieces)}")
+            found = max(found, len(classes))
+        raise UserError(f"episodes: only {found} words have {count} windows of {self.window} tokens apart in "
+                        f"{chunks.size:,} tokens, ways = {self.ways} are needed; {self.lack(chunks)}")
 
-    def read_pieces(self, rng, most):
-        """Step 1: (n, piece) tokens of at most `most` non-overlapping stretches of the corpus."""
+    def read_chunks(self, rng, limit):
+        """Step 1: (n, chunk) tokens of at most `limit` non-overlapping stretches of the corpus."""
         n = int(self.ends[-1])
-        offset = rng.integers(self.piece)
+        offset = rng.integers(self.chunk)
         rows = []
-        for i in rng.choice(n, min(n, most), replace=False):
+        for i in rng.choice(n, min(n, limit), replace=False):
             shard, place = locate(self.ends, i)
-            room = len(self.corpus.shards[shard]) - self.counts[shard] * self.piece
-            rows.append(self.corpus.read(shard, min(offset, room) + place * self.piece, self.piece))
+            room = len(self.corpus.shards[shard]) - self.counts[shard] * self.chunk
+            rows.append(self.corpus.read(shard, min(offset, room) + place * self.chunk, self.chunk))
         return np.stack(rows)
 
-    def find(self, pieces):
-        """Step 2: the places in pieces.ravel() of all words that may be classes."""
-        following = np.roll(pieces, -1, axis=1)
-        whole = self.is_class[pieces] & ~self.tables.continues[following]
+    def find(self, chunks):
+        """Step 2: the places in chunks.ravel() of all words that may be classes."""
+        following = np.roll(chunks, -1, axis=1)
+        whole = self.is_class[chunks] & ~self.tables.continues[following]
         before = self.window - (self.read_out == "mask")  # tokens of a window before the word
         whole[:, :before] = whole[:, -1] = False  # no room for the window; the next token is unknown
         return np.flatnonzero(whole)
 
-    def candidates(self, rng, pieces, count):
+    def candidates(self, rng, chunks, count):
         """Step 3: yields (token id, places a window apart) of words within the band, in random order."""
-        at = self.find(pieces)
-        tokens = pieces.ravel()[at]
+        at = self.find(chunks)
+        tokens = chunks.ravel()[at]
         order = np.argsort(tokens, kind="stable")  # by word, then by place
         at, tokens = at[order], tokens[order]
         words, first, occurrences = np.unique(tokens, return_index=True, return_counts=True)
-        in_band = np.flatnonzero((occurrences >= count) & (occurrences <= self.most(pieces)))
+        in_band = np.flatnonzero((occurrences >= count) & (occurrences <= self.max_occurrences(chunks)))
         for j in rng.permutation(in_band):
             places, last = [], -self.window
             for place in at[first[j]:first[j] + occurrences[j]]:
@@ -215,13 +215,13 @@ class Episodes:
             if len(places) >= count:
                 yield words[j], places
 
-    def windows(self, rng, pieces, word, places, count):
+    def windows(self, rng, chunks, word, places, count):
         """Step 4: `count` windows (T,) that are read for the word; None where too few are left."""
         spelling = fold(self.tokenizer.decode([int(word)]).strip())
         windows = []
         for place in rng.permutation(places):
             end = place + 1 if self.read_out == "mask" else place
-            ids = pieces.ravel()[end - self.window:end].astype(np.int64)
+            ids = chunks.ravel()[end - self.window:end].astype(np.int64)
             is_word = self.tables.spelling[ids] == self.tables.spelling[word]
             if self.read_out == "context" and is_word.any():
                 continue
@@ -232,22 +232,23 @@ class Episodes:
                 return windows
         return None
 
-    def classes(self, rng, pieces, count):
+    def classes(self, rng, chunks, count):
         """Steps 2 to 4: yields (token id, `count` windows) in random order, no spelling twice."""
         spellings = set()
-        for word, places in self.candidates(rng, pieces, count):
+        for word, places in self.candidates(rng, chunks, count):
             if self.tables.spelling[word] in spellings:
                 continue
-            windows = self.windows(rng, pieces, word, places, count)
+            windows = self.windows(rng, chunks, word, places, count)
             if windows is not None:
                 spellings.add(self.tables.spelling[word])
                 yield word, windows
 
-    def most(self, pieces):
-        """How often a class may come in the pieces."""
-        return max(self.shots + self.queries, int(self.max_share * pieces.size))
+    def max_occurrences(self, chunks):
+        """How often a class may come in the chunks."""
+        return max(self.shots + self.queries, int(self.max_share * chunks.size))
 
-    def lack(self, pieces):
-        """Why the pieces give too few classes, and what to do."""
-        words = pieces.ravel()[self.find(pieces)]
-        return lack_of_words(self.tokenizer, self.word_targets, pieces, words, self.ways, self.most(pieces))
+    def lack(self, chunks):
+        """Why the chunks give too few classes, and what to do."""
+        words = chunks.ravel()[self.find(chunks)]
+        return lack_of_words(self.tokenizer, self.word_targets, chunks, words, self.ways,
+                             self.max_occurrences(chunks))

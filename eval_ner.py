@@ -168,15 +168,27 @@ class Window(NamedTuple):
     words: list  # numbers of these words in the treebank
 
 
+def blank_before(tokenizer):
+    """What a word is encoded with to have the sub-tokens that it has in a text: " ", "", or None if neither.
+
+    Those that write a blank as "▁" put one before every text.
+    """
+    for blank in (" ", ""):
+        the, end, both = (tokenizer.encode_ordinary(blank + text) for text in ("the", "end", "the end"))
+        if the + end == both:
+            return blank
+
+
 def cut(sentences, tokenizer, context, label):
     """Cuts sentences into windows of at most `context` sub-tokens, in which each word is tagged exactly once.
 
     A word's sub-tokens are those of the word after a space. A word longer than the context is cut off there.
     Up to half a window repeats words that an earlier window tagged, as context.
     """
-    windows, n_before = [], 0  # n_before: words of the sentences before this one
+    windows, blank = [], blank_before(tokenizer)
+    n_before = 0  # words of the sentences before this one
     for words, _ in sentences:
-        tokens = [tokenizer.encode_ordinary(" " + word)[:context] for word in words]
+        tokens = [tokenizer.encode_ordinary(blank + word)[:context] for word in words]
         offsets = [0, *itertools.accumulate(map(len, tokens))]  # word i: sub-tokens offsets[i]:offsets[i + 1]
         first = 0
         while first < len(words):  # a window of the words start:end, which tags first:end
@@ -361,8 +373,8 @@ def summary(cfg, results, types):
 def load_tokenizer(folder, vocab_size):
     """The tokenizer in `folder`, which must fit the model and give each word sub-tokens of its own."""
     tokenizer = tokenizer_files.load_tokenizer(folder, vocab_size)
-    the, end, both = map(tokenizer.encode_ordinary, (" the", " end", " the end"))
-    require(the + end == both, f"the tokenizer of {folder} does not read a text word by word")
+    require(blank_before(tokenizer) is not None,
+            f"the tokenizer of {folder} does not read a text word by word")
     return tokenizer
 
 

@@ -80,13 +80,6 @@ def require_llama(weights, tokenizer, cfg, source):
     require(not others, f"the weights of {source} are not those of a Llama with its settings: {listed}")
 
 
-def byte_characters():
-    """{byte: the character that stands for it in byte-level tokenizers}, of GPT-2 (Radford et al. 2019)."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
-
-
 def last_merge(token, ranks):
     """The two tokens that `token` is merged from last, or None where merges do not lead to it.
 
@@ -106,7 +99,7 @@ def tokenizer_files(tokenizer, context):
     """(tokenizer.json, tokenizer_config.json, {"bos_token_id": ..., "eos...", "pad..."}), as dicts."""
     if tokenizer.name == tokenizers.HuggingFaceTokenizer.name:
         return tokenizer.spec["tokenizer"], tokenizer.spec["config"], tokenizer.spec["ids"]
-    ranks, characters = tokenizer._mergeable_ranks, byte_characters()
+    ranks, characters = tokenizer._mergeable_ranks, tokenizers.byte_characters()
     text = {token: "".join(characters[byte] for byte in token) for token in ranks}
     merges = [last_merge(token, ranks) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -198,16 +191,10 @@ def write_export(source, folder):
     return f"{parameters:,} parameters after {state['step']:,} steps; AutoModelForCausalLM loads it"
 
 
-def read_json(path):
-    content = files.parse(path.read_bytes()) if path.exists() else None
-    require(content is not None, f"cannot read a JSON object from {path} (a pico model's tokenizer is "
-                                 "allenai/OLMo-7B-0724-hf's: ids of another would run and mean nothing)")
-    return content
-
-
 def read_config(folder):
     """(ModelConfig, config.json) of a Hugging Face folder; refuses what this decoder cannot compute."""
-    there = read_json(folder / "config.json")
+    there = files.parse((folder / "config.json").read_bytes())
+    require(there is not None, f"cannot read a JSON object from {folder / 'config.json'}")
     kind, act = there.get("model_type"), there.get("hidden_act", "silu")
     require(kind in ("llama", "pico_decoder"), f"{folder} holds a model of another type: {kind!r}")
     ropes = [there.get(key) or {} for key in ("rope_parameters", "rope_scaling")]  # transformers 5, and 4
@@ -261,29 +248,10 @@ def as_llama(weights, cfg, there):
     return result
 
 
-def read_tokenizer(folder, there):
-    """The content of our tokenizer.json, made of those of a Hugging Face folder."""
-    tokenizer = read_json(folder / "tokenizer.json") | {"truncation": None, "padding": None}
-    settings = read_json(folder / "tokenizer_config.json")
-    settings.pop("auto_map", None)  # custom code
-    known, ids = tokenizers.hugging_face_tokenizer(tokenizer), {}
-    for key in ("bos_token", "eos_token", "pad_token"):
-        token, number = settings.get(key), there.get(f"{key}_id")
-        token = token.get("content") if isinstance(token, dict) else token
-        if token is not None:
-            number = known.token_to_id(str(token))  # of an added token, else of any
-            require(number is not None, f"tokenizer.json of {folder} lacks the {key} {token!r}")
-        ids[f"{key}_id"] = number[0] if isinstance(number, list) and number else number
-    require(ids["eos_token_id"] in known.get_vocab().values(), f"{folder} names no token that ends a text: "
-            "give eos_token in tokenizer_config.json, as the model was trained")
-    return {"name": tokenizers.HuggingFaceTokenizer.name, "tokenizer": tokenizer, "config": settings,
-            "ids": ids}
-
-
 def write_import(source, folder):
     """Writes a Hugging Face folder as a run's folder: returns what to print."""
     cfg, there = read_config(source)
-    tokenizer = tokenizers.HuggingFaceTokenizer(read_tokenizer(source, there))
+    tokenizer = tokenizers.HuggingFaceTokenizer(tokenizers.hugging_face_spec(source))
     weights = as_llama(read_weights(source), cfg, there)
     require_llama(weights, tokenizer, cfg, source)
     settings = {"data": "unknown", "imported_from": str(source)} | asdict(cfg)

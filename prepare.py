@@ -29,10 +29,11 @@ import numpy as np
 
 from data import EMBEDDED
 from nanomaml import config, files, ranks, sources
+from nanomaml import tokenizer as tokenizers
 from nanomaml.bins import MAX_IDS, ShardWriter
 from nanomaml.config import Natural, TextEncoding, UserError, one_line, require
 from nanomaml.console import clock
-from nanomaml.tokenizer import SPECIAL, encoding, load_tokenizer, save_tokenizer
+from nanomaml.tokenizer import SPECIAL, encoding, load_tokenizer
 
 # Pre-tokenizer of the tokenizers trained here: a word takes its leading space along, digits go in threes. The
 # marks of a letter (accents, vowel signs, niqqud) belong to its word, as do words.JOINERS: soft hyphen and
@@ -56,7 +57,7 @@ class Config(config.Settings):
     source: str = ""  # files, folders, datasets (name:subset:split), comma-separated; empty: documentation
     val: str = ""  # files, comma-separated, each a validation domain; empty: hold out val_share of documents
     val_share: HeldOut = 0.02  # documents held out where val is empty: one in round(1 / val_share); 0: none
-    tokenizer: str = "train"  # train: learn a byte-pair encoding; gpt2; or a folder with a tokenizer.json
+    tokenizer: str = "train"  # train: learn one; gpt2; a folder with a tokenizer.json; USER/NAME on the hub
     vocab_size: VocabSize = 4096  # ids of a tokenizer trained here, its 2 special tokens included
     max_tokens: Natural = 0  # stop after exactly this many training tokens; 0: read all
     shard_tokens: ShardTokens = 100_000_000  # tokens of a shard, 2 bytes each
@@ -116,8 +117,11 @@ def held_out_every(cfg):
     return round(1 / cfg.val_share) if cfg.val_share and not cfg.val else 0
 
 
-def pieces(cfg, domains, n_ids, progress):
-    """(split, does a document start here, text or token ids) of all documents, validation files first."""
+def pieces(cfg, domains, n_ids, progress, is_whole):
+    """(split, does a document start here, text or token ids) of all documents, validation files first.
+
+    is_whole: texts are not cut, as the tokenizer adds a blank where one begins.
+    """
     every, names = held_out_every(cfg), sources.split_list(cfg.source)
     validation = ((f"val_{domain}", document) for name, domain in domains.items()
                   for document in read_sources(cfg, [name], n_ids, empty=progress.empty))
@@ -126,17 +130,18 @@ def pieces(cfg, domains, n_ids, progress):
                 for i, document in enumerate(documents))
     for split, document in itertools.chain(validation, training):
         is_text = isinstance(document, str)  # else token ids, which have end tokens among them
-        for i, piece in enumerate(sources.PIECES.findall(document) if is_text else [document]):
+        parts = sources.PIECES.findall(document) if is_text and not is_whole else [document]
+        for i, piece in enumerate(parts):
             yield split, is_text and i == 0, piece
 
 
-def batches(items, most=4_000_000):
+def batches(items, characters=4_000_000):
     """Lists of the items up to so many characters: enough for all cores, little in memory."""
     batch, size = [], 0
     for item in items:
         batch.append(item)
         size += len(item[2]) + 100  # what an object takes; a source may be made of short lines
-        if size > most:
+        if size > characters:
             yield batch
             batch, size = [], 0
     yield batch
@@ -158,9 +163,8 @@ def make_tokenizer(cfg):
     if cfg.tokenizer == "train":
         documents = read_sources(cfg, sources.split_list(cfg.source), characters=TOKENIZER_CHARACTERS)
         return train_tokenizer(documents, cfg.vocab_size)
-    require(cfg.tokenizer == "gpt2" or Path(cfg.tokenizer, "tokenizer.json").exists(),
-            f"tokenizer = {cfg.tokenizer!r} is neither train, gpt2 nor a folder with a tokenizer.json")
-    return load_tokenizer(cfg.tokenizer, MAX_IDS)
+    is_here = cfg.tokenizer == "gpt2" or Path(cfg.tokenizer, "tokenizer.json").exists()
+    return load_tokenizer(cfg.tokenizer if is_here else tokenizers.download(cfg.tokenizer), MAX_IDS)
 
 
 def own_files(folder):
@@ -235,10 +239,10 @@ class Progress:
 
 def write_splits(cfg, domains, tokenizer, writers, state, sizes):
     """Writes the bins of all splits with {split: ShardWriter}, from `state` on; keeps that once a shard."""
-    end, most = np.array([tokenizer.eot_token], "<u2"), cfg.max_tokens or 2**63
+    end, limit = np.array([tokenizer.eot_token], "<u2"), cfg.max_tokens or 2**63
     n_ids = 0 if cfg.tokenizer == "train" else tokenizer.n_vocab  # ids of a tokenizer trained here cannot be
     progress = Progress(cfg, sum(sizes[name] for name in sizes.keys() - domains.keys()))
-    rest = pieces(cfg, domains, n_ids, progress)
+    rest = pieces(cfg, domains, n_ids, progress, isinstance(tokenizer, tokenizers.HuggingFaceTokenizer))
 
     def encode(item):
         _, is_start, piece = item
@@ -251,10 +255,10 @@ def write_splits(cfg, domains, tokenizer, writers, state, sizes):
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for batch in batches(rest):
             for (split, *_), ids in zip(batch, pool.map(encode, batch)):
-                if writers["train"].total < most:
-                    writers[split].write(ids[:most - writers["train"].total] if split == "train" else ids)
+                if writers["train"].total < limit:
+                    writers[split].write(ids[:limit - writers["train"].total] if split == "train" else ids)
             progress.show(writers)
-            if writers["train"].total == most:
+            if writers["train"].total == limit:
                 break
             state["pieces"] += len(batch)
             total = sum(writer.total for writer in writers.values())
@@ -277,7 +281,7 @@ def fill(partial, cfg, domains, sizes):
     try:
         tokenizer = load_tokenizer(partial) if state["pieces"] else make_tokenizer(cfg)
         if not state["pieces"]:
-            save_tokenizer(tokenizer, partial)
+            tokenizers.save_tokenizer(tokenizer, partial)
         write_splits(cfg, domains, tokenizer, writers, state, sizes)
         few = ": give --val or a larger --val_share, since one document in "
         few += f"{every} is held out, and there are fewer" if writers["train"].total != cfg.max_tokens else (

@@ -398,7 +398,7 @@ def train(cfg, device, dtype, lock):
                 line |= {"lr": cfg.lr * lr_factor(cfg, progress.step - 1), "grad_norm": grad_norm.item()}
                 log.write("log.jsonl", progress.axes() | line)
                 print0(console.training_line(progress, line, cfg.max_steps))
-                watch.look_at(line)
+                watch.check(line)
                 progress.start_interval()
             watch.require_finite()
 

@@ -69,8 +69,8 @@ def differing_settings(groups):
 
 def is_finished(run):
     """Whether a run has reached its max_steps; None where that is not known."""
-    most = run["config"].get("max_steps")
-    return None if most is None else run["log"][-1]["step"] >= most
+    last = run["config"].get("max_steps")
+    return None if last is None else run["log"][-1]["step"] >= last
 
 
 def caveats(groups):

@@ -20,12 +20,12 @@ TITLES = {"val/loss": "validation loss", "train/loss": "training loss, text alon
 class Series:
     """Items, each with the version of the data in which it came. halve: thins them out."""
 
-    def __init__(self, halve, most=MOST):
-        self.items, self.halve, self.most, self.renewed = [], halve, most, 0
+    def __init__(self, halve, limit=MOST):
+        self.items, self.halve, self.limit, self.renewed = [], halve, limit, 0
 
     def add(self, item, version):
         self.items.append((version, item))
-        if len(self.items) > self.most:
+        if len(self.items) > self.limit:
             self.items, self.renewed = self.halve(self.items), version
 
     def since(self, version):
@@ -116,17 +116,17 @@ class Followed:
         """Where the run stands, for the head of the page."""
         settings, record = (files.parse((self.folder / name).read_bytes()) or {} if self.is_own(name) else {}
                             for name in ("config.json", "run.json"))
-        step, most = self.last.get("step", 0), settings.get("max_steps")
-        is_known = type(most) is int
+        step, last = self.last.get("step", 0), settings.get("max_steps")
+        is_known = type(last) is int
         steps, seconds = (b - a for a, b in zip(self.pace[0], self.pace[-1])) if self.pace else (0, 0.0)
         each = seconds / max(steps, 1)
         quiet = time.time() - max((path.stat().st_mtime for path in self.read_to if path.exists()), default=0)
-        state = "finished" if is_known and step >= most else str(record.get("state", "running"))
+        state = "finished" if is_known and step >= last else str(record.get("state", "running"))
         if state == "running" and quiet > max(60, 50 * each):
             state = f"no line for {quiet / 60:.0f} min"
         saved = [path.stem.removeprefix("ckpt_") for path in self.folder.glob("ckpt_*.pt")]
         return {"id": self.number, "name": str(self.folder), "state": state, "step": step,
-                "max_steps": most if is_known else None, "left": each * (most - step) if is_known else None,
+                "max_steps": last if is_known else None, "left": each * (last - step) if is_known else None,
                 "checkpoint": max(map(int, filter(str.isdecimal, saved)), default=None),
                 **{key: self.last.get(key) for key in ("tok_per_s", "mfu", "skipped")},
                 "chance": {kind: 1 / self.last[f"adapt/{kind}ways"] for kind in runs.WORDS

@@ -144,8 +144,9 @@ def initial_weights(cfg):
     require((folder / "tokenizer.json").exists(), f"init_from = {source}: no tokenizer.json beside it tells "
             "which tokenizer it has; give the checkpoint in its run's folder")
     theirs, ours = read_spec(folder), read_spec(cfg.data)
-    require(theirs == ours, f"init_from = {source} has the tokenizer {theirs['name']}, {cfg.data} has "
-                            f"another ({ours['name']}): prepare them with --tokenizer={quote(str(folder))}")
+    require(theirs.get("tokenizer", theirs) == ours.get("tokenizer", ours),
+            f"init_from = {source} has the tokenizer {theirs['name']}, {cfg.data} has another "
+            f"({ours['name']}): prepare them with --tokenizer={quote(str(folder))}")
     saved = asdict(checkpoint.load_config(ModelConfig, state))
     differences = [f"{key} = {value} there, {getattr(cfg, key)} here" for key, value in saved.items()
                    if value != getattr(cfg, key) and key != "context"]

@@ -111,9 +111,9 @@ def losses_at_equal(groups, axis):
     """At the largest value of an axis that all runs reach: ([[validation loss of each run] for each group],
     [how much of its training each group has done by then, nan where unknown])."""
     curves = [[(run, curve(run, "val/loss")) for run in group] for group in groups]
-    most = min(c[axis][-1] for group in curves for _, c in group)
-    losses = [[float(np.interp(most, c[axis], c["val/loss"])) for _, c in group] for group in curves]
-    return losses, [np.mean([np.interp(most, c[axis], c["step"]) / run["config"].get("max_steps", math.nan)
+    shared = min(c[axis][-1] for group in curves for _, c in group)
+    losses = [[float(np.interp(shared, c[axis], c["val/loss"])) for _, c in group] for group in curves]
+    return losses, [np.mean([np.interp(shared, c[axis], c["step"]) / run["config"].get("max_steps", math.nan)
                              for run, c in group]) for group in curves]
 
 

@@ -57,25 +57,12 @@ def split_list(text):
     """The names in a comma-separated list. A comma in the path of a file or folder that is there stays."""
     parts, names = text.split(","), []
     while parts:
-        most = len(parts)
-        while most > 1 and not os.path.exists(re.sub("::[^,]*$", "", ",".join(parts[:most]))):  # no ::SPLIT
-            most -= 1
-        names.append(",".join(parts[:most]))
-        parts = parts[most:]
+        n = len(parts)
+        while n > 1 and not os.path.exists(",".join(parts[:n])):
+            n -= 1
+        names.append(",".join(parts[:n]))
+        parts = parts[n:]
     return [name for name in names if name.strip()]
-
-
-def saved_files(source):
-    """The .arrow files of FOLDER or FOLDER::SPLIT that datasets' save_to_disk wrote; [] of other sources."""
-    folder, _, split = source.partition("::")
-    if os.path.exists(f"{folder}/dataset_dict.json"):
-        folder, split = f"{folder}/{split or 'train'}", ""
-        require(os.path.exists(folder), f"{source}: there is no {folder}; a split is named as FOLDER::SPLIT")
-    try:
-        files = json.loads(Path(folder, "state.json").read_bytes())["_data_files"]
-        return [] if split else [Path(folder, file["filename"]) for file in files]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # none, or of others
-        return []
 
 
 def hub_dataset(source):
@@ -89,8 +76,6 @@ def find_files(source):
 
     Refuses other names, without a look at the network.
     """
-    if files := saved_files(source):
-        return files, []
     path = Path(source)  # whose own methods raise an OSError for a name that is too long
     if os.path.isdir(source):
         read, others, found = [], [], []
@@ -104,7 +89,8 @@ def find_files(source):
             hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
             is_text = SUFFIX.search(file.name) and file.name not in passed_over
             (read if is_text and not hidden and file.is_file() else others).append(file)
-        require(read, f"{source} holds no file to read: {READ}; links to folders are not followed")
+        require(read, f"{source} holds no file to read: {READ}; links to folders are not followed, and what "
+                "save_to_disk wrote becomes readable by Dataset.to_parquet")
         return read, others
     if os.path.exists(source):
         require(SUFFIX.search(path.name) and path.is_file(),
@@ -129,7 +115,7 @@ def read_documents(source, key, encoding="utf-8", n_ids=0, opened=lambda file: N
         try:
             with open(path, "rb") as file:
                 opened(file)
-                if path.suffix.lower() in (".parquet", ".arrow"):
+                if path.suffix.lower() == ".parquet":
                     yield from read_columns(path, key, n_ids)
                 else:
                     yield from read_file(path, file, key, encoding, n_ids)
@@ -217,20 +203,18 @@ def row_content(row, key, where, n_ids):
 
 
 def read_columns(path, key, n_ids):
-    """The rows of a Parquet file, or of an .arrow file that datasets' save_to_disk wrote."""
+    """The rows of a Parquet file."""
     pyarrow = package("pyarrow.parquet") and package("pyarrow")
     require(pyarrow, f"{path}: to read {path.suffix} files, pip install pyarrow")
-    is_arrow, number = path.suffix.lower() == ".arrow", 0
+    number = 0
     try:
-        file = (pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))) if is_arrow
-                else pyarrow.parquet.ParquetFile(path))
-        names = file.schema.names if is_arrow else file.schema_arrow.names
+        file = pyarrow.parquet.ParquetFile(path)
+        names = file.schema_arrow.names
         columns = [name for name in (key, "input_ids") if name in names][:1] or names
-        for batch in file if is_arrow else file.iter_batches(batch_size=100, columns=columns):
-            for start in range(0, batch.num_rows, 100):
-                for row in batch.select(columns).slice(start, 100).to_pylist():
-                    number += 1
-                    yield row_content(row, key, f"{path}, row {number}", n_ids)
+        for batch in file.iter_batches(batch_size=100, columns=columns):
+            for row in batch.to_pylist():
+                number += 1
+                yield row_content(row, key, f"{path}, row {number}", n_ids)
     except pyarrow.ArrowException as error:
         raise UserError(f"cannot read {path}: {one_line(error)}") from None
 

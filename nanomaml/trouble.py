@@ -27,7 +27,7 @@ class Watch:
 
     def __init__(self, cfg, progress, log):
         self.cfg, self.progress, self.log = cfg, progress, log
-        self.signals, self.unreadable, self.look, self.rates = [], None, True, []
+        self.signals, self.unreadable, self.is_suspect, self.rates = [], None, True, []
 
     def __enter__(self):
         def on_signal(number, frame):
@@ -70,12 +70,12 @@ class Watch:
 
     def require_finite(self):
         """Ends the run after MAX_SKIPPED bad updates in a row, or all; rarely waits for the device."""
-        step, most = self.progress.step, min(MAX_SKIPPED, self.cfg.max_steps)
-        if self.look or step % MAX_SKIPPED == 0 or step == self.cfg.max_steps:
+        step, limit = self.progress.step, min(MAX_SKIPPED, self.cfg.max_steps)
+        if self.is_suspect or step % MAX_SKIPPED == 0 or step == self.cfg.max_steps:
             in_a_row = int(self.progress.skipped[1])
-            require(in_a_row < most, f"the gradient was not finite in {in_a_row} updates in a row (step "
-                                     f"{step}); they were skipped. {self.ways_out()}")
-            self.look = in_a_row > 0
+            require(in_a_row < limit, f"the gradient was not finite in {in_a_row} updates in a row (step "
+                                     f"{step}); they were skipped. {self.remedy()}")
+            self.is_suspect = in_a_row > 0
 
     @torch.no_grad()
     def is_sound(self, learner, eval_batches, is_end):
@@ -91,17 +91,17 @@ class Watch:
         if not any_rank(is_bad or self.progress.skipped[1] > 0 and not is_end):
             return True
         message = f"a gradient, a parameter or the loss is not finite at step {self.progress.step}"
-        require(self.progress.step < self.cfg.max_steps, f"{message}. {self.ways_out()}")
+        require(self.progress.step < self.cfg.max_steps, f"{message}. {self.remedy()}")
         print0(f"warning: {message}: no checkpoint of it is written")
         return False
 
-    def ways_out(self):
+    def remedy(self):
         newest = checkpoint.paths(self.cfg.out_dir)[-1:]
         start = "".join(f", from the last good model with --init_from={quote(str(path))}" for path in newest)
         return (f"Start again in another --out_dir{start}, with a lower lr (here {self.cfg.lr:g}) or "
                 f"inner_lr ({self.cfg.inner_lr:g})")
 
-    def look_at(self, line):
+    def check(self, line):
         """Warns where the query loss was at ln N in five log lines in a row, never during warm-up; and where
         three lines in a row are less than half as fast as this process was in most lines.
         """

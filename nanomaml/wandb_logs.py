@@ -44,13 +44,10 @@ def start_wandb(cfg, name, folder, run_id=None, facts=None):
         run.define_metric("*", step_metric="step")  # wandb's own step may not go back, as a resume does
         for axis in ("step", "tokens", "flops", "seconds"):  # by name: axes to choose, not curves over "step"
             run.define_metric(axis)
-        best = {}
 
         def send(line):
             image = {"entropy/heatmap": wandb.Image(heatmap(line))} if "entropy/00/00" in line else {}
             run.log(layer_means(line) | image)
-            if update_best(best, line):  # define_metric's own minimum would start anew on a resume
-                run.summary.update(best)
 
         def finish():
             guarded(run.finish)()
@@ -58,27 +55,14 @@ def start_wandb(cfg, name, folder, run_id=None, facts=None):
                 with suppress(Exception):
                     wandb.teardown()
 
-        logs = ("probes.jsonl", "log.jsonl") if run_id else ()
+        logs = ("probes.jsonl", "log.jsonl") if run_id and not run.resumed else ()
         earlier = [line for log in logs for line in read_jsonl(f"{folder}/{log}", "step")]
         for line in sorted(earlier, key=lambda line: line["step"]):
-            update_best(best, line) if run.resumed else send(line)
+            send(line)
         return guarded(send), finish
 
     started = guarded(start)() if cfg.wandb != "disabled" else None
     return started or (lambda line: None, lambda: None)
-
-
-def update_best(best, line):
-    """Keeps in {"best/<metric>": value} the best of what is measured on held-out data; whether `line` has it.
-
-    Accuracies and F1 are better when higher, losses when lower; standard errors have no best.
-    """
-    measured = [key for key in line if key.startswith("val/") or key.endswith("dev_f1")
-                or key.startswith("adapt/") and key.endswith(("_acc", "_loss"))]
-    for key in measured:
-        better = max if key.endswith(("_acc", "_f1")) and not key.startswith("val/") else min
-        best[f"best/{key}"] = better(line[key], best.get(f"best/{key}", line[key]))
-    return bool(measured)
 
 
 def layer_means(line):

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nanomaml.tokenizer import token_bytes
+
 JOINERS = "\u00ad\u200c\u200d"  # soft hyphen, zero-width non-joiner and joiner: they stand within words
 
 
@@ -57,9 +59,9 @@ def word_tables(tokenizer, word_targets="spaced"):
     n = tokenizer.n_vocab
     tables = WordTables(np.zeros(n, bool), np.zeros(n, bool), np.arange(n), np.zeros(n, bool))
     numbers = {}
-    for token in tokenizer.token_byte_values():
+    for i, token in token_bytes(tokenizer).items():
         text = token.decode(errors="replace")
-        i, word = tokenizer.encode_single_token(token), fold(text.strip())
+        word = fold(text.strip())
         if word_targets == "spaced":
             tables.word[i] = text[0] == " " and is_word(text[1:]) and len(word) > 1
             tables.continues[i] = in_word(text[0])
@@ -73,11 +75,12 @@ def word_tables(tokenizer, word_targets="spaced"):
     return tables
 
 
-def lack_of_words(tokenizer, word_targets, tokens, words, ways, most):
-    """Why `tokens` have too few classes, of `words` that come at most `most` times, and what to do."""
+def lack_of_words(tokenizer, word_targets, tokens, words, ways, max_occurrences):
+    """Why `tokens` have too few classes, of `words` that occur at most that often, and what to do."""
     text, counts = tokenizer.decode(tokens.ravel()[:2**16].tolist()), np.unique(words, return_counts=True)[1]
     if word_targets == "spaced" and sum(map(in_word, text)) > 16 * text.count(" "):
         return "it has no words between spaces: set word_targets = any, and prepare it with --tokenizer=train"
-    frequent = int((counts > most).sum())
+    frequent = int((counts > max_occurrences).sum())
     return (f"{len(counts)} different words are single tokens there, {frequent} of them too frequent, above "
-            f"{most} times: lower ways, shots, queries or window, raise max_word_share, or give more text")
+            f"{max_occurrences} times: lower ways, shots, queries or window, raise max_word_share, or give "
+            "more text")

@@ -170,7 +170,7 @@ def test_episodes_are_a_pure_function_of_seed_and_index(toy):
 
 def test_labels_mean_nothing_across_episodes(toy, tmp_path, monkeypatch):
     """With just as many words as ways, each word takes every label in turn. The first look is too short."""
-    monkeypatch.setattr(data, "PIECES", 1)
+    monkeypatch.setattr(data, "CHUNKS", 1)
     rng = np.random.default_rng(0)
     tokens = 260 + rng.integers(0, 2990, 60_000)
     tokens[rng.permutation(60_000)[:160]] = 256 + np.repeat(np.arange(4), 40)

@@ -272,7 +272,7 @@ def test_ten_bad_updates_in_a_row_end_the_run_whenever_they_begin(first):
         for step in range(100):
             progress.finish_update({}, torch.tensor(float(step >= first)), 0.0)
             watch.require_finite()
-            looks += watch.look
+            looks += watch.is_suspect
     assert progress.step == first + 10 and looks <= 9
 
 
@@ -280,12 +280,12 @@ def test_a_rate_that_halves_is_noted_once_it_lasts(capsys):
     """Cores shared with another process make two threads many times slower, and nothing said so."""
     watch = trouble.Watch(toy_config(), Progress(), SimpleNamespace(failure=None))
     for rate in [1000] * 8 + [400, 1000] + [400] * 2:
-        watch.look_at({"tok_per_s": rate})
+        watch.check({"tok_per_s": rate})
     assert not capsys.readouterr().out, "single slow lines"
-    watch.look_at({"tok_per_s": 400})
+    watch.check({"tok_per_s": 400})
     assert "400 tok/s, after 1,000: does another process use these cores?" in capsys.readouterr().out
     for _ in range(20):
-        watch.look_at({"tok_per_s": 400})
+        watch.check({"tok_per_s": 400})
     assert not capsys.readouterr().out
 
 

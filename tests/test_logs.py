@@ -26,18 +26,6 @@ def test_logs_are_truncated_after_a_step(tmp_path):
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n' and list(tmp_path.iterdir()) == [path]
 
 
-def test_the_best_is_lowest_for_losses_and_highest_for_accuracies_and_f1():
-    best = {}
-    assert not wandb_logs.update_best({}, {"adapt/ways": 16, "adapt/query_acc_unadapted": 0.5})
-    for line in ({"val/loss": 3.0, "val/news": 4.0, "adapt/mask_query_acc": 0.5, "ner/seed1/dev_f1": 0.25},
-                 {"val/loss": 2.0, "val/news": 5.0, "adapt/mask_query_acc": 0.25, "ner/seed1/dev_f1": 0.5},
-                 {"val/loss": 2.5, "adapt/mask_query_loss": 1.0, "adapt/mask_query_acc_error": 0.0}):
-        assert wandb_logs.update_best(best, line)
-    assert not wandb_logs.update_best(best, {"step": 7, "train/loss": 0.0, "ner/seed1/dev_loss": 0.0})
-    assert best == {"best/val/loss": 2.0, "best/val/news": 4.0, "best/adapt/mask_query_acc": 0.5,
-                    "best/adapt/mask_query_loss": 1.0, "best/ner/seed1/dev_f1": 0.5}
-
-
 def test_heads_become_the_mean_of_their_layer_and_a_heatmap_of_layers_by_heads():
     def line(rising):  # entropies that rise from head to head in this layer, and are flat in the others
         return {f"entropy/0{i}/{h:02d}": h / 12 if i == rising else 0.5 for i in range(3) for h in range(12)}

@@ -20,7 +20,7 @@ import report
 import train
 from adaptation import AdaptationTest
 from meta import Head, Learner
-from nanomaml import checkpoint, config, files, resume, wandb_logs
+from nanomaml import checkpoint, config, resume
 from schedule import Schedule, block_kinds
 
 WEIGHTS = ("model", "learner", "optimizers")
@@ -141,13 +141,10 @@ def test_no_name_of_a_domain_meets_that_of_a_metric(toy, tmp_path, capsys):
     _, [line] = run(tmp_path, tmp_path / "one", "--max_steps=0")
     assert {key for key in line if key.startswith("val/")} == {"val/loss", *(f"val/{name}" for name in names)}
     assert all(line[f"val/{name}"] == pytest.approx(line["val/loss"]) for name in names)
-    shown, best = capsys.readouterr().out, {}
+    shown = capsys.readouterr().out
     text = report.write([tmp_path / "one"], tmp_path / "report")[0]
     for name in names:
         assert f"val/{name} {line['val/loss']:.4f}" in shown and f"validation loss, {name}" in text
-    wandb_logs.update_best(best, {"val/news_acc": 2.0, "adapt/query_acc": 0.5})
-    wandb_logs.update_best(best, {"val/news_acc": 3.0, "adapt/query_acc": 0.25})
-    assert best == {"best/val/news_acc": 2.0, "best/adapt/query_acc": 0.5}
     write_bin(tmp_path / "val_loss_000000.bin", np.arange(256, 3000))
     refuses(lambda: data.open_corpus(tmp_path), "the domain loss would be logged as val/loss")
 
@@ -477,9 +474,9 @@ def test_fineweb_in_bins_of_llm_c_trains_as_it_is(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["11m", "65m", "181m"])
 def test_the_papers_configs_run_two_updates(toy, tmp_path, name):
     """At their width, depth, vocabulary and rate; 570m is only counted, in test_model.py."""
-    cut = {"context": 32, "global_batch_size": 2, "batch_size": 1, "meta_share": 0.5, "meta_start": 0,
-           "window": 4, "queries": 1, "eval_sequences": 1, "eval_episodes": 0, "probe_every": 0, "seed": 5,
-           "log_every": 1, "max_steps": 2, "device": "cpu", "dtype": "float32"}
+    cut = {"context": 32, "global_batch_size": 2, "batch_size": 1, "window": 4, "queries": 1,
+           "eval_sequences": 1, "eval_episodes": 0, "probe_every": 0, "seed": 5, "log_every": 1,
+           "max_steps": 2, "device": "cpu", "dtype": "float32"}
     flags = [f"--{key}={value}" for key, value in cut.items()]
     train.main([f"{ROOT}/configs/{name}.py", f"--data={toy}", f"--out_dir={tmp_path}", *flags])
     lines = [line for line in log(tmp_path) if "lr" in line]
@@ -488,11 +485,18 @@ def test_the_papers_configs_run_two_updates(toy, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["demo", "11m", "65m", "181m", "570m"])
-def test_configs_load_with_the_overlay_and_their_batch_divides(name):
-    cfg = config.load(train.Config, [path := f"{ROOT}/configs/{name}.py"])
-    assert (cfg.meta_share, cfg.meta_weight, cfg.meta_start / cfg.max_steps) == (0.1, 0.1, 0.5)
-    vanilla = config.load(train.Config, [path, f"{ROOT}/configs/vanilla.py"])
-    assert vanilla == replace(cfg, meta_share=0.0)
+def test_configs_are_the_papers_and_take_the_overlays(name):
+    def load(*overlays):
+        return config.load(train.Config, [f"{ROOT}/configs/{file}.py" for file in (name, *overlays)])
+
+    cfg = load()
+    assert (cfg.meta_share, cfg.meta_weight, cfg.meta_start) == (0.5, 1.0, 0)
+    assert (cfg.head_layers, cfg.head_start) == (1, "zero")
+    assert load("vanilla") == replace(cfg, meta_share=0.0)
+    late = replace(cfg, meta_share=0.1, meta_weight=0.1, meta_start=cfg.max_steps // 2)
+    assert load("light") == late
+    published = replace(cfg, head_layers=4, head_start="random", inner_lr=1e-3, queries=1)
+    assert load("published") == published and load("published", "light").inner_lr == 1e-3
     for world in (1, 2) if name == "demo" else (1, 4, 8):
         Schedule(cfg, world)
     published = (cfg.lr, cfg.warmup_steps, cfg.max_steps, cfg.ways, cfg.shots, cfg.inner_steps)
@@ -528,17 +532,15 @@ def test_a_failing_wandb_warns_once_and_does_not_stop_training(toy, half, whole,
 
 
 @pytest.mark.parametrize("resumed", [False, True])
-def test_wandb_has_every_line_once_and_the_best_of_all(toy, half, monkeypatch, resumed):
+def test_wandb_has_every_line_once(toy, half, monkeypatch, resumed):
     """A resumed offline run began at wandb's step 0, so `wandb sync` replaced the earlier part: it is sent
     again, but where the server knows the run. At 12 x 12 there were 288 panels of heads.
     """
-    files.append(half / "log.jsonl", {"step": 5, "val/loss": 0.5})  # a best that the rest does not reach
-    sent, summary, axes = [], {}, {}
-    fake_wandb(monkeypatch, log=sent.append, summary=summary, resumed=resumed,
+    sent, axes = [], {}
+    fake_wandb(monkeypatch, log=sent.append, resumed=resumed,
                define_metric=lambda name, step_metric=None: axes.update({name: step_metric}))
     _, lines = run(toy, half, "--wandb=online")
     written = [line for line in lines + log(half, "probes.jsonl") if line["step"] >= (6 if resumed else 0)]
-    assert summary["best/val/loss"] == 0.5
     assert axes == {"*": "step", "step": None, "tokens": None, "flops": None, "seconds": None}
     assert [line["step"] for line in sent] == sorted(line["step"] for line in sent)
     for name in ("train/loss", "val/loss", "rank/resid/01", "tokens", "flops"):

@@ -60,4 +60,5 @@ ZH, HI = "在图书馆学校天气今很好" * 50, "हिन्दी भाष
 def test_a_lack_of_words_is_explained(word_targets, text, words, says):
     tokenizer = tokenizer_of([])
     tokens = np.array(tokenizer.encode_ordinary(text))
-    assert says in lack_of_words(tokenizer, word_targets, tokens, np.array(words), ways=16, most=50)
+    lack = lack_of_words(tokenizer, word_targets, tokens, np.array(words), ways=16, max_occurrences=50)
+    assert says in lack
