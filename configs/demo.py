@@ -10,8 +10,8 @@ n_kv_heads = 2
 vocab_size = 4096  # the tokenizer learned from the corpus
 context = 128
 
-# 32 sequences x 128 tokens = 4,096 tokens an update: 4 micro-steps of 8, in 2 blocks of one kind each. An
-# episode is 16 x (4 + 2) windows x 32 = 3,072 tokens and takes about as long as 1,024 of next-token
+# 32 sequences x 128 tokens = 4,096 tokens an update, vanilla: 4 micro-steps of 8, in 2 blocks of one kind
+# each. An episode is 16 x (4 + 2) windows x 32 = 3,072 tokens and takes about as long as 1,024 of next-token
 # prediction.
 global_batch_size = 32
 batch_size = 8
@@ -21,12 +21,8 @@ max_steps = 250
 lr = 4e-3
 warmup_steps = 0.16  # of the run: 40 updates
 
-# A tenth of the micro-steps of the second half are episodes, at a tenth of the weight: in runs ten times as
-# long that costs 0.01 nats, where half of all, as published, costs 0.29, and brings most of the adaptation at
-# the mask that episodes can bring (results/README.md). Why this inner rate: docs/inner-loop.md.
-meta_share = 0.1
-meta_start = 0.5  # of the run
-meta_weight = 0.1
+# Half of the micro-steps are episodes from the first update on, the defaults, as in the paper; light.py has
+# fewer. Why this inner rate: docs/inner-loop.md.
 ways = 16
 window = 32
 queries = 2

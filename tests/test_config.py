@@ -51,7 +51,7 @@ def test_updates_may_be_a_share_of_the_run():
     cfg = load("--max_steps=400", "--warmup_steps=0.1", "--meta_start=0.5")
     assert (cfg.warmup_steps, cfg.meta_start) == (40, 200) and type(cfg.meta_start) is int
     assert load().warmup_steps == 2500 and load("--warmup_steps=7").warmup_steps == 7
-    assert load(str(CONFIGS / "demo.py"), "--max_steps=50").meta_start == 25
+    assert load(str(CONFIGS / "demo.py"), str(CONFIGS / "light.py"), "--max_steps=50").meta_start == 25
     refuses(lambda: load("--warmup_steps=1.5"), "a number of updates, or below 1 a share of max_steps")
 
 
