@@ -29,7 +29,8 @@ import train  # noqa: E402
 from nanomaml import config, treebanks  # noqa: E402
 from schedule import Schedule  # noqa: E402
 
-RECIPES = {"--episodes_from": "batch-episodes", "--query_lm": "query-lm", "--meta_decay": "meta-decay"}
+RECIPES = {"--episodes_from": "batch-episodes", "--query_lm": "query-lm", "--meta_decay": "meta-decay",
+           "--masked_word": "masked-word"}
 FILES = ["configs/demo.py", "results/long.py"]
 STEPS, SEARCH_STEPS = 2442, 407
 SEEDS = (1, 2, 3)
@@ -174,6 +175,8 @@ SEARCH = {
     "batch32-1": [*BATCH, *WIDE, "--meta_weight=1"],
     "batch32x8-0.2": [*BATCH, *WIDE, "--meta_weight=0.2", "--episodes=8"],
     "batch32x8-1": [*BATCH, *WIDE, "--meta_weight=1", "--episodes=8"],
+    **{f"word-{windows}-{weight}": [HALF, f"--masked_word={windows}", f"--meta_weight={weight}"]
+       for windows in ("query", "all") for weight in (0.1, 0.5, 1)},  # hypotheses.md, 1
 }
 
 
