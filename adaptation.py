@@ -1,15 +1,15 @@
 """How well do a model's features adapt? Few-shot classification of words on held-out text, for any run.
 
-    python adaptation.py out/hybrid out/vanilla    # their newest checkpoints: one JSON line each, with errors
+    python adaptation.py out/hybrid out/vanilla    # newest checkpoints: JSON lines, with standard errors
 
 The effect of meta-learning is hybrid against vanilla, not adapted against unadapted, so train.py measures
-this at each evaluation, of vanilla runs too. A linear head that starts at zero learns N words from K windows
+this at each evaluation, in vanilla runs too. A linear head that starts at zero learns N words from K windows
 of validation text each, by the run's inner steps and rate, and classifies Q others. One pass gives both
 read-outs of a window: the feature at a mask in the word's place, and the one before it, where a causal
 language model predicts the word. Metrics; `new_` marks words that are never classes in training:
 
     adapt/query_acc, adapt/query_loss, adapt/new_query_acc, ...      at the run's read_out; also ..._unadapted
-    adapt/mask_query_acc, adapt/context_query_acc, ...               at either
+    adapt/mask_query_acc, adapt/context_query_acc, ...               at each read-out
     adapt/ways, adapt/new_ways                                       N, fewer than eval_ways on short text
     final/mask_query_acc, final/mask_query_acc_error, ...            at the end, on up to 4 times the words
     final/ways, final/words, ...                                    N and the number of words; chance is 1 / N
@@ -34,14 +34,14 @@ from nanomaml.config import UserError, require
 class AdaptationTest:
     """Fixed episodes from the validation corpora: the same for runs of the same data and eval_* settings.
 
-    There is a pool of words, with M windows each, for each kind of word. An episode draws N words of a
-    pool, and which of their windows are support. Where the text has fewer than N words that come M times,
-    episodes have fewer ways; with less than two there is no such pool.
+    Each kind of word has a pool of words with M windows each. An episode draws N words of a pool and, for
+    each word, which windows are support. If fewer than N words occur M times in the text, episodes have
+    fewer ways; if fewer than two do, there is no pool.
     """
 
     def __init__(self, cfg, validation, tokenizer):
         self.cfg, self.pools = cfg, {}  # {prefix: windows (words, M, T + 1), which end at the mask}
-        self.lacks = "the data have no tokenizer here"  # why there are no pools
+        self.lacks = "the tokenizer of the data is not available"  # why there are no pools
         if tokenizer is None or cfg.eval_episodes == 0:
             return
         corpus = data.Corpus([path for split in validation.values() for path in split.paths])
@@ -105,7 +105,7 @@ class AdaptationTest:
         return torch.from_numpy(words), torch.from_numpy(words[:, :, None] * windows + order)
 
     def measure(self, decoder, dtype, is_last=False):
-        """{metric: float}; leaves no trace in the model or random numbers. is_last: the final ones too."""
+        """{metric: float}; changes neither the model nor random numbers. is_last: final metrics too."""
         metrics = {}
         for (prefix, read_out, name), (words, correct, loss) in self.episodes(decoder, dtype).items():
             metrics[f"adapt/{prefix}ways"] = words.shape[1]
@@ -119,7 +119,7 @@ class AdaptationTest:
         return metrics | (self.final(decoder, dtype) if is_last else {})
 
     def final(self, decoder, dtype):
-        """Of every word of the pools; the error is over words, so it says what other words would give."""
+        """Final metrics, on every word of the pools; errors are over words, as if other words were drawn."""
         metrics = {}
         for (prefix, read_out, name), (words, correct, loss) in self.episodes(decoder, dtype, True).items():
             if name == "adapted":

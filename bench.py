@@ -4,8 +4,8 @@
     python bench.py configs/11m.py --batch_size=8 --context=512 --against=transformers --json
     python bench.py configs/570m.py --plan                 # what a run will need; nothing is computed
 
-Everything takes turns in each round, and medians over the rounds are shown, so that a drift of the machine
-affects all figures. The text is synthetic: 10^9 tokens, made up where they are read.
+All measurements take turns in each round, and medians over the rounds are shown, so that a drift of the
+machine affects all figures. The text is synthetic: 10^9 tokens, made up as they are read.
 """
 import ctypes
 import gc
@@ -43,14 +43,14 @@ from schedule import block_kinds
 
 @dataclass(frozen=True)
 class Config(train.Config):
-    rounds: Count = 5  # measurements of everything, after two for warming up
-    against: Literal["", "transformers"] = ""  # measure its LlamaForCausalLM beside ours; empty: do not
+    rounds: Count = 5  # measurements of everything, after two to warm up
+    against: Literal["", "transformers"] = ""  # also measure its LlamaForCausalLM; empty: ours only
     json: bool = False  # one JSON object instead of tables
     plan: bool = False  # the memory, time and GPU-hours that a run will need, at the config's shapes
-    mfu: Positive = 0.4  # that the plan assumes
+    mfu: Positive = 0.4  # MFU that the plan assumes
 
     def __post_init__(self):
-        super().__post_init__()  # of a vanilla config the episodes are measured too
+        super().__post_init__()  # episodes are measured for a vanilla config too
         require(self.window <= self.context, f"window = {self.window} is above context = {self.context}")
         least = 256 + len(SPECIAL) + self.ways  # bytes, then words
         require(self.vocab_size >= least, f"vocab_size must be at least {least}, got {self.vocab_size}")
@@ -86,7 +86,7 @@ def measure(device, calls, rounds):
 
 
 def peak_memory(device, call):
-    """The most bytes that `call` takes above those in use before; None where unknown: a CPU without Linux."""
+    """The most bytes that `call` takes above those in use before; None if unknown: on a CPU without Linux."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -105,7 +105,7 @@ def peak_memory(device, call):
 
 
 def update(model, optimizers, loss=None):
-    """A whole training step of one micro-step or, without a loss, the optimizers' part alone."""
+    """A whole training step of one micro-step or, without a loss, only the optimizers' part."""
     if loss:
         loss().backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -116,7 +116,7 @@ def update(model, optimizers, loss=None):
 
 
 def rival(cfg, decoder, batch, dtype):
-    """(model, what gives its loss): transformers' Llama of the same weights, on the same batch."""
+    """(model, function for its loss): transformers' Llama with the same weights, on the same batch."""
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError:
@@ -357,7 +357,7 @@ def print_result(result):
     print(f"update    {result['update_ms']:,.0f} ms: {result['micro_steps']} micro-steps, "
           f"{result['config']['meta_share']:.0%} of them episodes, and the optimizer; of that time:")
     print_table([[name, f"{part:.2%}"] for name, part in result["shares"].items()])
-    print("parts     of the LM step, each alone and eager")
+    print("parts     of the LM step, each by itself and eager")
     print_table([["", "ms", "of the step"],
                  *([name, f"{ms:.1f}", f"{ms / result['steps']['lm']['ms']:.0%}"]
                    for name, ms in result["parts_ms"].items())])

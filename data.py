@@ -22,7 +22,7 @@ from nanomaml.config import UserError, require
 from nanomaml.tokenizer import load_tokenizer as load_tokenizer
 from nanomaml.words import fold, lack_of_words, spells, word_tables
 
-EMBEDDED = "data/pydocs"  # train.py prepares this folder by itself where it is missing
+EMBEDDED = "data/pydocs"  # train.py prepares this folder by itself if it is missing
 
 # Where an episode looks for its words: CHUNKS stretches of CHUNK tokens at random places, sorted by token.
 CHUNKS, CHUNK = 32, 4096
@@ -32,7 +32,7 @@ CHUNKS, CHUNK = 32, 4096
 
 
 class LMBatch(NamedTuple):
-    """ids and targets (B, T) int64: targets are the ids one position on."""
+    """ids and targets (B, T) int64: targets are the ids one position later."""
 
     ids: torch.Tensor
     targets: torch.Tensor
@@ -41,7 +41,7 @@ class LMBatch(NamedTuple):
     def tokens(self):
         return self.ids.numel()
 
-    lm_tokens = tokens  # those that a next-token loss reads
+    lm_tokens = tokens  # all count in the next-token loss
 
 
 def lm_batch(rows):
@@ -51,10 +51,10 @@ def lm_batch(rows):
 
 
 def permuted(numbers, n, keys):
-    """Where a pseudo-random permutation of 0 to n - 1 takes the numbers (int array); the keys choose it.
+    """The numbers (int array) mapped by a pseudo-random permutation of 0 to n - 1, which the keys choose.
 
-    Nothing of size n is held: a Feistel network permutes the numbers of an even count of bits, and takes
-    one that lands at n or above further until it lands below (cycle walking, Black & Rogaway 2002).
+    Nothing of size n is stored: a Feistel network permutes the numbers of an even count of bits; one that
+    lands at n or above is permuted again until it lands below (cycle walking, Black & Rogaway 2002).
     """
     half = np.uint64((int(n).bit_length() + 1) // 2)
     mask, numbers = np.uint64(2**int(half) - 1), numbers.astype(np.uint64)
@@ -71,7 +71,7 @@ def permuted(numbers, n, keys):
 
 
 class Sequences:
-    """The endless series of training sequences of T tokens: each epoch permutes the corpus, cut anew."""
+    """The endless series of training sequences of T tokens: each epoch cuts and permutes the corpus anew."""
 
     def __init__(self, corpus, T, seed):
         self.corpus, self.T, self.seed = corpus, T, seed
@@ -101,7 +101,7 @@ class Sequences:
 
 
 def eval_sequences(corpus, T, n):
-    """LMBatch of up to n sequences, evenly spread over a validation corpus; T shrinks to a shorter corpus."""
+    """LMBatch of up to n sequences, evenly spread over a validation corpus; a short corpus lowers T."""
     longest = max(map(len, corpus.shards))
     T = min(T, longest - 1)
     require(T > 0, f"{corpus.paths[0]}: {longest} token is too short to evaluate on")
@@ -118,8 +118,8 @@ def eval_sequences(corpus, T, n):
 class EpisodeBatch(NamedTuple):
     """E episodes, int64: support (E, N ways, K shots, T), query (E, N ways, Q queries, T), words (E, N).
 
-    A window of T tokens is read at its last position; its label is its place among the N. words: the
-    token ids of the classes, for analysis; the model does not see them.
+    A window of T tokens is read at its last position; its label is its word's index among
+    the N. words: the token ids of the classes, for analysis; the model does not see them.
     """
 
     support: torch.Tensor
@@ -141,9 +141,9 @@ class Episodes:
     read_out "mask": at <|mask|> in the word's place. Its other occurrences in the window become <|mask|>
     too, also in another case or without the space; a window that still spells it out, in several tokens,
     is not used. "context": at the position before the word; the window is plain text without the word.
-    held_out: the classes are words that are kept for evaluation; else all others. word_targets: what may
-    be a class, as `word_tables` says. max_share: at most that share of the tokens may be a class, which
-    leaves out the likes of "the". The methods stand in the order in which an episode is made.
+    held_out: True: the classes are words kept for evaluation; False: all others. word_targets: what may be
+    a class, as `word_tables` says. max_share: a word that makes up more of the tokens is not a class (such
+    as "the"). The methods follow the order in which an episode is made.
     """
 
     def __init__(self, corpus, tokenizer, *, ways, shots, queries, window, seed, read_out="mask",
@@ -154,7 +154,7 @@ class Episodes:
         self.tables = word_tables(tokenizer, word_targets)
         self.is_class = self.tables.word & (self.tables.held_out == held_out)
         self.mask_id = tokenizer.encode_single_token("<|mask|>")
-        # Chunks are cut from the shards at a random offset. A short corpus has few, or one that is shorter.
+        # Chunks are cut from the shards at a random offset. A short corpus has few, or a shorter one.
         self.chunk = min(CHUNK, max(map(len, corpus.shards)))
         self.counts = np.array([max(1, len(shard) // self.chunk - 1) if len(shard) >= self.chunk else 0
                                 for shard in corpus.shards])
@@ -169,15 +169,15 @@ class Episodes:
     def episode(self, index):
         """(words (N,), windows (N, K + Q, T)) of episode `index`. Row n has label n, its support first."""
         rng, found, count = np.random.default_rng([self.seed, 1, index]), 0, self.shots + self.queries
-        for attempt in range(8):  # where few words repeat, look in more text
+        for attempt in range(8):  # if too few words repeat, look in more text
             chunks = self.read_chunks(rng, CHUNKS << attempt)
             classes = list(itertools.islice(self.classes(rng, chunks, count), self.ways))
             if len(classes) == self.ways:
                 words, windows = zip(*classes)
                 return np.array(words, np.int64), np.array(windows)
             found = max(found, len(classes))
-        raise UserError(f"episodes: only {found} words have {count} windows of {self.window} tokens apart in "
-                        f"{chunks.size:,} tokens, ways = {self.ways} are needed; {self.lack(chunks)}")
+        raise UserError(f"episodes: only {found} words have {count} separate windows of {self.window} tokens "
+                        f"in {chunks.size:,} tokens, but ways = {self.ways}; {self.lack(chunks)}")
 
     def read_chunks(self, rng, limit):
         """Step 1: (n, chunk) tokens of at most `limit` non-overlapping stretches of the corpus."""
@@ -199,7 +199,7 @@ class Episodes:
         return np.flatnonzero(whole)
 
     def candidates(self, rng, chunks, count):
-        """Step 3: yields (token id, places a window apart) of words within the band, in random order."""
+        """Step 3: yields (token id, places a window apart) of words of medium frequency, in random order."""
         at = self.find(chunks)
         tokens = chunks.ravel()[at]
         order = np.argsort(tokens, kind="stable")  # by word, then by place
@@ -216,7 +216,7 @@ class Episodes:
                 yield words[j], places
 
     def windows(self, rng, chunks, word, places, count):
-        """Step 4: `count` windows (T,) that are read for the word; None where too few are left."""
+        """Step 4: `count` windows (T,), each read at its end for the word; None if there are fewer."""
         spelling = fold(self.tokenizer.decode([int(word)]).strip())
         windows = []
         for place in rng.permutation(places):
@@ -233,7 +233,7 @@ class Episodes:
         return None
 
     def classes(self, rng, chunks, count):
-        """Steps 2 to 4: yields (token id, `count` windows) in random order, no spelling twice."""
+        """Steps 2 to 4: yields (token id, `count` windows) in random order, each spelling once."""
         spellings = set()
         for word, places in self.candidates(rng, chunks, count):
             if self.tables.spelling[word] in spellings:
@@ -244,7 +244,7 @@ class Episodes:
                 yield word, windows
 
     def max_occurrences(self, chunks):
-        """How often a class may come in the chunks."""
+        """How often a class may occur in the chunks."""
         return max(self.shots + self.queries, int(self.max_share * chunks.size))
 
     def lack(self, chunks):

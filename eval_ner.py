@@ -4,11 +4,11 @@
     python eval_ner.py out/demo --train=da_ddt --mode=head --lr=0.1   # frozen backbone: minutes on a CPU
     python eval_ner.py out/demo --train=da_ddt --mode=majority        # baseline without a model
     python eval_ner.py out/demo --train=da_ddt --shots=8,32,128 --seeds=5   # few-shot: five draws of each
-    python eval_ner.py out/demo --data=data/conll2003 --train=conll2003   # its train.txt, test.txt
+    python eval_ner.py out/demo --data=data/conll2003 --train=conll2003   # train.txt, test.txt there
 
-The first argument is a run's folder (its newest checkpoint is used) or a checkpoint file. Treebanks that are
-missing in --data are downloaded. Scores are printed and appended to ner.jsonl beside the checkpoint.
-Of the model it calls `hidden` alone. Files and names of treebanks are the job of nanomaml/treebanks.py.
+The first argument is a run's folder (its newest checkpoint is used) or a checkpoint file. Treebanks
+missing from --data are downloaded. Scores are printed and appended to ner.jsonl beside the checkpoint.
+Of the model it only calls `hidden`. nanomaml/treebanks.py handles the files and names of treebanks.
 Shapes: B batch, T positions, D model width, n words of a batch, W words of a treebank.
 """
 import itertools
@@ -35,7 +35,7 @@ from nanomaml.stats import markdown, mean_std
 from nanomaml.treebanks import TYPES, keep_types, read_iob2  # noqa: F401
 from nanomaml.wandb_logs import Wandb, start_wandb
 
-# Written to each result, so that only results under the same settings are compared
+# Written into each result, so that only results under the same settings are compared
 SETTINGS = ("shots", "label", "lr", "epochs", "patience", "batch_size")
 Mode, Label = Literal["full", "head", "majority"], Literal["first", "last"]
 Counts = Annotated[str, "numbers of sentences, comma-separated", re.compile(r" *\d+ *(, *\d+ *)*").fullmatch]
@@ -47,11 +47,11 @@ class Config(config.Settings):
     test: str = "all"  # treebanks to score, comma-separated, or all; en_ewt:dev: its dev split
     mode: Mode = "full"  # full; head: frozen backbone; majority: no model, the most frequent tag of each word
     data: str = "data/uner"  # folder of .iob2 or CoNLL files; Universal NER's are downloaded where missing
-    encoding: TextEncoding = "utf-8"  # of these files
-    tags: str = ""  # entity types, comma-separated, others are O; empty: Universal NER's, or those of train
+    encoding: TextEncoding = "utf-8"  # of the files in data
+    tags: str = ""  # entity types, comma-separated; others count as O; empty: Universal NER's or all in train
     seeds: Count = 1  # fine-tuning runs, seeded 1, 2, ...: initial head, order of batches, choice of shots
     shots: Counts = "0"  # sentences to fine-tune on, drawn from all training treebanks; 0: all; or 8,32,128
-    epochs: Count = 10  # at most; the learning rate falls linearly to 0 over them
+    epochs: Count = 10  # most epochs; the learning rate falls linearly to 0 over them
     patience: Count = 5  # epochs without a better dev score before training stops; the best epoch is scored
     lr: Positive = 3e-5  # initial learning rate of AdamW
     batch_size: Count = 16  # sentences per batch; one longer than the context counts once per window
@@ -95,14 +95,14 @@ def choose_sentences(cfg):
     repeated = ", ".join(":".join(use) for use, n in Counter(uses).items() if n > 1)
     require(not repeated,
             f"{repeated} would be used twice (to train, choose the epoch or score): change --train or --test")
-    require(dev, f"{cfg.train} has no dev split and fewer than 10 sentences, of which a tenth is held out")
+    require(dev, f"{cfg.train} has no dev split, and fewer than 10 sentences to hold out a tenth of")
     require(max(cfg.shot_counts) <= len(train),
             f"shots = {max(cfg.shot_counts)} is more than the {len(train)} training sentences of {cfg.train}")
     return train, dev, tests, types
 
 
 def choose_types(tags, of_train):
-    """The entity types that count: those in `tags`, else TYPES or, of other data, all that occur there."""
+    """The entity types that count: those in `tags` or, if empty, TYPES or, for other data, all that occur."""
     found = {tag[2:] for sentences in of_train.values() for _, tags in sentences for tag in tags} - {""}
     types = tuple(dict.fromkeys(filter(None, map(str.strip, tags.split(",")))))
     require(found.issuperset(types), f"tags = {tags} must be types that occur in {', '.join(of_train)}: "
@@ -164,14 +164,14 @@ def span_f1(true, pred, strict=False, types=TYPES):
 class Window(NamedTuple):
     """What the model reads at once: a sentence, or a part of one that is longer than the context."""
     ids: list  # sub-tokens
-    positions: list  # one for each word that is tagged in this window: the sub-token at which it is read
-    words: list  # numbers of these words in the treebank
+    positions: list  # for each word that is tagged in this window, the sub-token at which it is read
+    words: list  # the numbers of the tagged words in the treebank
 
 
 def blank_before(tokenizer):
-    """What a word is encoded with to have the sub-tokens that it has in a text: " ", "", or None if neither.
+    """What to put before a word to get its sub-tokens in a text: " " or "", or None if neither does.
 
-    Those that write a blank as "▁" put one before every text.
+    Tokenizers that write a blank as "▁" put one before every text.
     """
     for blank in (" ", ""):
         the, end, both = (tokenizer.encode_ordinary(blank + text) for text in ("the", "end", "the end"))
@@ -182,7 +182,7 @@ def blank_before(tokenizer):
 def cut(sentences, tokenizer, context, label):
     """Cuts sentences into windows of at most `context` sub-tokens, in which each word is tagged exactly once.
 
-    A word's sub-tokens are those of the word after a space. A word longer than the context is cut off there.
+    A word is encoded as it is after a space. A word longer than the context is cut off there.
     Up to half a window repeats words that an earlier window tagged, as context.
     """
     windows, blank = [], blank_before(tokenizer)
@@ -287,7 +287,7 @@ def predict(decoder, head, treebank, cfg, dtype):
 
 
 def majority(train, test):
-    """The most frequent tag (W,) of each test word in the training sentences; O for a word not among them."""
+    """The most frequent tag (W,) of each test word in the training sentences; O for other words."""
     counts = defaultdict(Counter)
     for sentence in train.sentences:
         for word, tag in zip(*sentence):
@@ -371,7 +371,7 @@ def summary(cfg, results, types):
 
 
 def load_tokenizer(folder, vocab_size):
-    """The tokenizer in `folder`, which must fit the model and give each word sub-tokens of its own."""
+    """The tokenizer in `folder`, which must fit the model and encode each word separately."""
     tokenizer = tokenizer_files.load_tokenizer(folder, vocab_size)
     require(blank_before(tokenizer) is not None,
             f"the tokenizer of {folder} does not read a text word by word")
@@ -391,7 +391,7 @@ def main(argv):
     tokenizer = load_tokenizer(path.parent, decoder.cfg.vocab_size)
     results_path = path.with_name("ner.jsonl")
     files.require_no_link(results_path)
-    results_path.open("a").close()  # an error rather now than after training
+    results_path.open("a").close()  # fail now rather than after training
     train, dev, tests, types = choose_sentences(cfg)
     n_parameters = sum(p.numel() for p in decoder.parameters())
     in_files = {tag[2:] for read in (train, dev, *tests.values()) for _, tags in read for tag in tags}

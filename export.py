@@ -1,12 +1,12 @@
-"""Hugging Face folders, out and in: which way follows from what the first argument is.
+"""Writes and reads Hugging Face folders; the first argument decides which.
 
     python export.py out/demo --to=hf/demo             # a run (its newest checkpoint) or a checkpoint, out
     python export.py hf/pico-decoder-small --to=out/pico-small         # a Hugging Face folder, in
 
-Out: what AutoModelForCausalLM and AutoTokenizer of transformers 4.57 and 5 load without custom code, and a
-model card. In: any model of Llama's architecture, or pico-decoder and pico-maml-decoder, with its tokenizer
-and its weights in one file, to a run's folder that eval_ner.py, probes.py --data=..., sample.py and train.py
---init_from read. Needs pip install safetensors.
+Out: a folder that AutoModelForCausalLM and AutoTokenizer of transformers 4.57 and 5 load without custom code,
+with a model card. In: a model of Llama's architecture, pico-decoder or pico-maml-decoder, with its tokenizer
+and its weights in one file, becomes a run's folder that eval_ner.py, probes.py --data=..., sample.py and
+train.py --init_from read. Needs pip install safetensors.
 """
 import json
 import os
@@ -58,7 +58,7 @@ def safetensors():
 
 
 def llama_shapes(cfg):
-    """{name: shape} of the weights of transformers' LlamaForCausalLM, whatever model.py may have besides."""
+    """{name: shape} of the weights of transformers' LlamaForCausalLM, whatever else model.py may have."""
     D, hidden, keys = cfg.d_model, cfg.d_hidden, cfg.n_kv_heads * (cfg.d_model // cfg.n_heads)
     layer = {
         "input_layernorm": (D,), "post_attention_layernorm": (D,),
@@ -72,12 +72,12 @@ def llama_shapes(cfg):
 
 
 def require_llama(weights, tokenizer, cfg, source):
-    """Refuses weights that are not those of a Llama of this shape, and a tokenizer of more ids."""
+    """Refuses weights that do not fit a Llama of this shape, and a tokenizer with more ids."""
     require(tokenizer.n_vocab <= cfg.vocab_size, f"the tokenizer of {source} has {tokenizer.n_vocab} ids, "
             f"the model {cfg.vocab_size}: put the model's own tokenizer.json there")
     others = llama_shapes(cfg).items() ^ {(name, tuple(p.shape)) for name, p in weights.items()}
     listed = ", ".join(f"{name} {list(shape)}" for name, shape in sorted(others)[:4])
-    require(not others, f"the weights of {source} are not those of a Llama with its settings: {listed}")
+    require(not others, f"the weights of {source} do not fit a Llama with its settings: {listed}")
 
 
 def last_merge(token, ranks):
@@ -130,7 +130,7 @@ def tokenizer_files(tokenizer, context):
 
 
 def model_config(cfg, special_ids):
-    """The content of config.json. Refuses a field of ModelConfig that it does not hold: a fork's own."""
+    """The content of config.json. Refuses a field of ModelConfig without a place there: a fork's own."""
     content = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": cfg.vocab_size,
         "hidden_size": cfg.d_model, "intermediate_size": cfg.d_hidden, "num_hidden_layers": cfg.n_layers,
@@ -176,7 +176,7 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens=40)[0]))
 
 
 def write_export(source, folder):
-    """Writes a checkpoint as a Hugging Face folder: returns what to print."""
+    """Writes a checkpoint as a Hugging Face folder. Returns what to print."""
     state, run = checkpoint.load(source), source if source.is_dir() else source.parent
     cfg, tokenizer = checkpoint.load_config(ModelConfig, state), tokenizers.load_tokenizer(run)
     require_llama(state["model"], tokenizer, cfg, run)
@@ -202,7 +202,7 @@ def read_config(folder):
     is_scaled = any(rope.get("rope_type", rope.get("type", "default")) != "default" for rope in ropes)
     is_partial = any(place.get("partial_rotary_factor", 1) != 1 for place in (there, *ropes))
     require(not is_scaled and not is_partial and act == "silu", f"{folder} holds a model with scaled or "
-            f"partial rotary positions, or the activation {act} for silu: model.py has neither")
+            f"partial rotary positions, or the activation {act} instead of silu: model.py has neither")
     there = {"rope_theta": ropes[0].get("rope_theta", 10000.0), "rms_norm_eps": 1e-6} | there
     if there.get("num_key_value_heads") is None:
         there["num_key_value_heads"] = there.get("num_attention_heads")
@@ -211,17 +211,17 @@ def read_config(folder):
 
 
 def read_weights(folder):
-    """{name: tensor} of model.safetensors, else of pytorch_model.bin, of which nothing is executed."""
+    """{name: tensor} of model.safetensors or else pytorch_model.bin, whose code is not executed."""
     path, pickled = folder / "model.safetensors", folder / "pytorch_model.bin"
     load = safetensors().load_file
     if not path.exists() and pickled.exists():
         path, load = pickled, lambda path: torch.load(path, map_location="cpu", weights_only=True)
-    require(path.exists(), f"{path} is missing; save_pretrained(max_shard_size='99GB') makes it of shards")
+    require(path.exists(), f"{path} is missing; save_pretrained(max_shard_size='99GB') makes it from shards")
     try:
         return {str(name): w for name, w in load(path).items()}
     except pickle.UnpicklingError:
         raise UserError(f"{path} is not loaded, since it holds code") from None
-    except Exception as error:  # safetensors has its own
+    except Exception as error:  # safetensors raises its own
         raise UserError(f"cannot read {path} ({type(error).__name__})") from None
 
 
@@ -229,7 +229,7 @@ def as_llama(weights, cfg, there):
     """The weights under Llama's names, in float32, with q and k laid out for its rotation."""
     result = {}
     for name, w in weights.items():
-        if name.endswith("rotary_emb.inv_freq"):  # old checkpoints hold what rope_theta says
+        if name.endswith("rotary_emb.inv_freq"):  # in old checkpoints; rope_theta gives it
             continue
         require(torch.is_tensor(w) and w.is_floating_point() and w.element_size() > 1 and w.isfinite().all(),
                 f"{name} is not a tensor of finite float32, float16 or bfloat16")
@@ -239,17 +239,17 @@ def as_llama(weights, cfg, there):
             name = f"{'model.' + prefix[1] if prefix[1] else ''}{PICO_MODULES.get(module, module)}.{kind}"
             channels = cfg.d_model // cfg.n_heads
             if module in ("attention.q_proj", "attention.k_proj") and len(w) % channels == 0:
-                # It rotates channels 2c and 2c + 1 of a head, Llama c and c + C / 2.
+                # pico-decoder rotates channels 2c and 2c + 1 of a head, Llama c and c + C / 2.
                 w = w.unflatten(0, (-1, channels // 2, 2)).transpose(1, 2).flatten(0, 2)
         result[name] = w.float()
-    # An output matrix that is there is used: so does pico's code, and transformers 5 (4.57 would tie).
+    # If there is an output matrix, it is used, as by pico's code and transformers 5 (4.57 would tie).
     if there.get("tie_word_embeddings") and "model.embed_tokens.weight" in result:
         result.setdefault("lm_head.weight", result["model.embed_tokens.weight"].clone())
     return result
 
 
 def write_import(source, folder):
-    """Writes a Hugging Face folder as a run's folder: returns what to print."""
+    """Writes a Hugging Face folder as a run's folder. Returns what to print."""
     cfg, there = read_config(source)
     tokenizer = tokenizers.HuggingFaceTokenizer(tokenizers.hugging_face_spec(source))
     weights = as_llama(read_weights(source), cfg, there)
@@ -270,7 +270,7 @@ def main(argv):
     require(cfg.to, "name the folder to write, --to=FOLDER")
     is_run, folder = source.is_file() or bool(checkpoint.paths(source)), Path(os.path.abspath(cfg.to))
     require(is_run or (source / "config.json").exists(),
-            f"{source} is no run (ckpt_*.pt), no checkpoint and no Hugging Face folder (config.json)")
+            f"{source} is neither a run (ckpt_*.pt), a checkpoint nor a Hugging Face folder (config.json)")
     require(not os.path.lexists(folder) or folder.is_dir() and not any(folder.iterdir()),
             f"--to={folder} holds files already: name a new folder")
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")  # whole or not at all

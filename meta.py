@@ -29,14 +29,14 @@ def adapt(loss, params, steps, lr, first_order=True):
 
     loss: function of a dict like `params` (name -> tensor) that gives the scalar support loss. lr: a
     number, or {name: tensor} where each parameter has a rate of its own. Returns the adapted dict. First
-    order: it carries no graph back to `params`; otherwise the whole loop stays in the graph.
+    order: the result has no graph back to `params`; otherwise the whole loop stays in the graph.
     What a step computes is counted in `Learner.episodes_flops` and `head_flops`: change them together.
     """
     rates = lr if isinstance(lr, dict) else dict.fromkeys(params, lr)
     require(not first_order or not any(getattr(rate, "requires_grad", False) for rate in rates.values()),
             "a learned inner rate gets no gradient in first-order MAML, which cuts the graph of the inner "
             "loop: set first_order = False, or make the rate a constant")
-    first_order = first_order or not torch.is_grad_enabled()  # nobody asks for the graph of the loop
+    first_order = first_order or not torch.is_grad_enabled()  # without gradients the graph is not needed
     with torch.enable_grad():  # evaluation adapts too
         if first_order:
             fast = {name: p.detach().clone().requires_grad_() for name, p in params.items()}
@@ -62,7 +62,7 @@ def labels(ways, x):
 
 
 def query_loss(query, support, unadapted):
-    """Logits (E, n, N), as `Learner.adapt_heads` gives them -> (query loss in nats, {metric: scalar})."""
+    """Logits (E, n, N), as `Learner.adapt_heads` returns them -> (query loss in nats, {metric: scalar})."""
     def accuracy(logits):
         return (logits.argmax(-1) == labels(logits.shape[2], logits)).float().mean()
 
@@ -110,7 +110,7 @@ class Head(nn.Module):
         return params
 
     def forward(self, x, params):
-        """Features x (E, n, D) through E heads at once -> logits (E, n, N); params: `start`'s, E in front."""
+        """Features x (E, n, D) through E heads at once -> logits (E, n, N); params: as `start`, E first."""
         for i in range(len(self.layers)):
             weight, bias = params[f"head.layers.{i}.weight"], params[f"head.layers.{i}.bias"]
             x = torch.baddbmm(bias.unsqueeze(1), x, weight.mT).relu()  # (E, n, width)
@@ -118,12 +118,12 @@ class Head(nn.Module):
 
 
 class Learner(nn.Module):
-    """Everything that is trained, and what DistributedDataParallel wraps.
+    """Everything that is trained; DistributedDataParallel wraps it.
 
     A kind of micro-step named "x" is two methods: `x_loss(batch)` and `x_flops(batch)`.
 
     adapted: what the inner loop adapts: "head", "all", or a regular expression searched in the names
-    `model.*` (backbone) and `head.*`. The decoder has its first weights already, so a fork may copy them.
+    `model.*` (backbone) and `head.*`. The decoder is initialised already, so a fork may copy its weights.
     """
 
     def __init__(self, *, decoder, head, adapted="head", inner_steps=10, inner_lr=0.1, first_order=True,
@@ -146,7 +146,7 @@ class Learner(nn.Module):
     def forward(self, kind, batch):
         """({part: loss}, {metric: detached scalar}) of a batch of this kind: "lm" or "episodes".
 
-        Losses are means, in nats; train.py weighs their parts "lm" and "meta". All batches of a kind give the
+        Losses are means, in nats; train.py weights the parts "lm" and "meta". All batches of a kind have the
         same metrics, since ranks add them up; a kind of episode reports its number of classes as meta/ways.
         """
         return getattr(self, f"{kind}_loss")(batch)
@@ -156,7 +156,7 @@ class Learner(nn.Module):
         return getattr(self, f"{kind}_flops")(batch)
 
     def autocast(self):
-        # Entered anew for each pass: one region around an inner loop would cache the bfloat16 copies of the
+        # Entered again for each pass: one region around an inner loop would cache the bfloat16 copies of the
         # first weights and use them in every step.
         return machine.autocast(self.decoder.lm_head.weight.device, self.dtype)
 
@@ -191,7 +191,7 @@ class Learner(nn.Module):
             return self.decoder.hidden(windows.flatten(0, 1), last=True)[:, 0].unflatten(0, windows.shape[:2])
 
     def adapt_heads(self, x, x_query, ways):
-        """All episodes at once, each with a head of its own, on features that stay as they are.
+        """Adapts all episodes at once, each with a head of its own, on fixed features.
 
         Features of the support x (E, N * K, D) and of the query (E, N * Q, D), class by class -> logits on
         the query after adaptation (E, N * Q, N), on the support after it (E, N * K, N), and on the query
@@ -200,7 +200,7 @@ class Learner(nn.Module):
         start = {name: p.expand(len(x), *p.shape) for name, p in self.head.start(ways, x).items()}
         target = labels(ways, x)
 
-        def support_loss(params):  # summed over episodes: each head's gradient is that of its mean loss
+        def support_loss(params):  # summed over episodes: each head gets the gradient of its mean loss
             logits = self.head(x, params).flatten(0, 1)
             return F.cross_entropy(logits, target.flatten(), reduction="sum") / target.shape[1]
 
@@ -231,7 +231,7 @@ class Learner(nn.Module):
         return logits(outer, query), after, before
 
     def inner_loop(self, support_loss, start):
-        """Adapts what adapts of `start`: (all parameters after it, the same with the outer graph)."""
+        """Adapts what adapts of `start`: (all parameters afterwards, the same with the outer graph)."""
         learned = {name: p for name, p in start.items() if name in self.adapted}
 
         def loss(params):
@@ -241,7 +241,7 @@ class Learner(nn.Module):
         return start | fast, start | (straight_through(learned, fast) if self.first_order else fast)
 
     def episodes_flops(self, batch):
-        """Second order roughly doubles the inner steps' share again; that part is an estimate."""
+        """Second order counts the inner steps twice: an estimate."""
         E, N, K, T = batch.support.shape
         supports, queries = E * N * K, E * N * batch.query.shape[2]  # windows
         window = self.decoder.flops(T, last=True)[0]  # the backbone's forward pass over one
@@ -254,7 +254,7 @@ class Learner(nn.Module):
         return heads + support_passes + 4 * queries * window  # the query is also read before adaptation
 
     def head_flops(self, ways, supports, queries):
-        """Of the inner loop in the head, of the support after it, and of the query before and after it."""
+        """FLOPs of the head: the inner loop, the support after it, and the query before and after it."""
         layers = [2 * layer.weight.numel() for layer in self.head.layers] + [2 * ways * self.head.features]
         head, order = sum(layers), 1 if self.first_order else 2
         # Where only the head adapts, its first layer's input needs no gradient.

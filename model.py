@@ -4,10 +4,10 @@ attention, SwiGLU.
     decoder = Decoder(ModelConfig(d_model=96), torch.Generator().manual_seed(1))
     logits, loss = decoder(ids), decoder(ids, targets)        # ids (B, T) -> (B, T, V), or a scalar
 
-Parameter names and the rotary layout are those of Hugging Face's LlamaForCausalLM, so a state dict loads
-there as it is. A change of the architecture goes here: FLOPs are counted from the shapes of the matrices and
-from `Backbone.mask`, which attention and its probe share. Shapes: B batch, T positions, D model width, H
-heads, G key-value heads, C channels of a head, V vocabulary.
+Parameter names and the rotary layout match Hugging Face's LlamaForCausalLM, so a state dict loads there
+unchanged. Change the architecture here: FLOPs are counted from the shapes of the matrices and from
+`Backbone.mask`, which attention and its probe share. Shapes: B batch, T positions, D model width, H heads,
+G key-value heads, C channels of a head, V vocabulary.
 """
 import math
 from contextlib import nullcontext
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from nanomaml.config import Count, Positive, Settings, require
 
-Size = Annotated[int, "in 1 to 2**20", lambda n: 1 <= n <= 2**20]  # a checkpoint from elsewhere may say more
+Size = Annotated[int, "in 1 to 2**20", lambda n: 1 <= n <= 2**20]  # a foreign checkpoint may claim more
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class ModelConfig(Settings):
     n_layers: Annotated[int, "in 1 to 1000", lambda n: 1 <= n <= 1000] = 12  # decoder layers
     n_heads: Count = 12  # query heads; d_model / n_heads channels each
     n_kv_heads: Count = 4  # key-value heads, each shared by n_heads / n_kv_heads query heads
-    d_hidden: Annotated[int, "in 0 to 2**22", lambda n: 0 <= n <= 2**22] = 0  # of the MLP; 0: 4 x d_model
+    d_hidden: Annotated[int, "in 0 to 2**22", lambda n: 0 <= n <= 2**22] = 0  # MLP width; 0: 4 x d_model
     vocab_size: Size = 50304  # rows of the embedding and of the output layer; at least the tokenizer's
     context: Size = 2048  # positions of a training sequence, and the most the model reads
     rope_theta: Positive = 10000.0  # base of the rotary frequencies
@@ -72,14 +72,14 @@ class Attention(nn.Module):
 
     def attend(self, q, k, v, mask=None):
         """q (B, H, Tq, C), k and v (B, G, Tk, C) -> (B, H, Tq, C). mask: as `Backbone.mask`, for all k."""
-        # PyTorch's CPU kernel is slow in bfloat16 on short sequences, backward above all (docs/speed.md).
+        # PyTorch's CPU kernel is slow in bfloat16 on short sequences, especially backward (docs/speed.md).
         if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= 256:
             kernel, dtype = torch.autocast("cpu", enabled=False), torch.float32
         else:
             kernel, dtype = nullcontext(), q.dtype
         if mask is not None:
             mask = mask[..., -q.shape[2]:, :]
-        with kernel:  # one position alone is the last, and sees all
+        with kernel:  # a single query is the last position, and sees all
             return F.scaled_dot_product_attention(
                 q.to(dtype), k.to(dtype), v.to(dtype), attn_mask=mask,
                 is_causal=mask is None and q.shape[2] > 1, enable_gqa=True).to(v.dtype)
@@ -138,9 +138,9 @@ class Backbone(nn.Module):
         return self.cos[:T], self.sin[:T]
 
     def mask(self, T):
-        """Which keys each of T positions sees: bool (T, T), or None where it is all up to itself.
+        """Which keys each of T positions sees: bool (T, T), or None if each sees all up to itself.
 
-        The one place for another mask, such as a sliding window: attention, its probe and FLOPs follow.
+        The one place to change the mask, as to a sliding window: attention, its probe and FLOPs follow.
         """
         return None
 
@@ -162,7 +162,7 @@ def softmax_loss(logits, target, dtype):
     The gradient is in `dtype`, everything in between in float32 at least; the logits may be overwritten.
     """
     if logits.device.type == "cpu" and len(logits) > SOFTMAX_ROWS and dtype != torch.float32:
-        losses = []  # what stays in the processor's cache in float32 need not go through memory
+        losses = []  # float32 that stays in the processor's cache need not go through memory
         for piece, labels in zip(logits.split(SOFTMAX_ROWS), target.split(SOFTMAX_ROWS)):
             loss, grad = softmax_loss(piece, labels, dtype)
             losses.append(loss)
@@ -180,7 +180,7 @@ def softmax_loss(logits, target, dtype):
 class OutputLoss(torch.autograd.Function):
     """Mean cross-entropy of x W^T, x (n, D), W (V, D), targets (n,), without holding the logits (n, V).
 
-    They are computed for `rows` positions at a time, and with them the gradients, in products in `dtype`;
+    Logits and gradients are computed for `rows` positions at a time, by products in `dtype`;
     `softmax_loss` may be compiled. (F.linear_cross_entropy stays in float32 under autocast.)
     """
 
@@ -229,7 +229,7 @@ class Decoder(nn.Module):
         """torch.compile, in place: each layer (all share their graphs), and the softmax of the loss.
 
         There is a graph for each shape, with gradient or without, for plain or adapted parameters, for the
-        top layer or another: about ten with `adapt=all`, of which dynamo would by default compile eight.
+        top layer or another: about ten with `adapt=all`, while dynamo's default limit is eight.
         """
         torch._dynamo.config.optimize_ddp = False  # it would split layers where DDP's gradient buckets end
         for layer in self.model.layers:
@@ -266,7 +266,7 @@ class Decoder(nn.Module):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         # More rows: fewer passes over the weight's gradient. Fewer: less memory.
         rows = 4096 if kind == "cuda" else 512
-        # Compiled it is faster on a GPU alone; elsewhere it would copy float32 logits back and forth.
+        # Compiled it is faster only on a GPU; elsewhere it would copy float32 logits back and forth.
         softmax = self.softmax_loss if kind == "cuda" else softmax_loss
         return OutputLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), dtype, rows,
                                 torch.is_grad_enabled(), softmax)
@@ -274,8 +274,8 @@ class Decoder(nn.Module):
     def flops(self, T, last=False):
         """FLOPs of the forward pass of T tokens: (below the output layer, in it); last as in `Backbone`.
 
-        As is usual for MFU (Chowdhery et al. 2022, arXiv 2204.02311, appendix B), the embedding is a look-up,
-        and attention scores count in full though half of them are masked. Backward costs twice forward.
+        As is usual for MFU (Chowdhery et al. 2022, arXiv 2204.02311, appendix B), the embedding, a look-up,
+        counts as 0, and attention scores in full though half are masked. Backward costs twice forward.
         """
         layer = self.model.layers[0]
         matrices = sum(p.numel() for p in layer.parameters() if p.dim() == 2)
@@ -283,20 +283,20 @@ class Decoder(nn.Module):
         mask = self.model.mask(T)
         scores = 4 * self.cfg.d_model * (T if mask is None else int(mask.sum(1).max()))  # of one position
         layer_flops = T * (2 * matrices + scores)
-        # last: the top layer needs keys and values of all positions, the rest of one alone.
+        # last: the top layer computes keys and values at all positions, everything else at one.
         top_flops = 2 * T * keys + 2 * (matrices - keys) + scores if last else layer_flops
         return (self.cfg.n_layers - 1) * layer_flops + top_flops, 2 * T * self.lm_head.weight.numel()
 
     def generate(self, ids, n, temperature=1.0, top_k=None, generator=None):
-        """ids (B, T) followed by n sampled tokens, (B, T + n); how as in `sample`."""
+        """ids (B, T) followed by n sampled tokens, (B, T + n); options as in `sample`."""
         return torch.cat((ids, *self.sample(ids, n, temperature, top_k, generator)), dim=1)
 
     @torch.no_grad()
     def sample(self, ids, n, temperature=1.0, top_k=None, generator=None):
         """Yields n tokens (B, 1) that follow ids (B, T), one by one.
 
-        temperature 0: always the likeliest token. top_k: of the likeliest k alone. Each token is drawn after
-        the `context` tokens before it, which are read anew; an export generates faster.
+        temperature 0: always the likeliest token. top_k: one of the likeliest k. Each token is drawn after
+        the `context` tokens before it, which are all read again; an export generates faster.
         """
         for _ in range(n):
             x = self.hidden(ids[:, -self.cfg.context:], last=True)

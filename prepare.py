@@ -7,7 +7,7 @@
     python prepare.py                                              # this installation's own documentation
 
 The folder then holds train_000000.bin, ..., val_000000.bin (or val_<domain>_000000.bin), tokenizer.json and
-meta.json. nanomaml/sources.py reads the sources, nanomaml/bins.py knows the format of bins. Until all is
+meta.json. nanomaml/sources.py reads the sources, nanomaml/bins.py defines the format of bins. Until all is
 written the folder is called OUT.partial; after a break, the same command goes on after its last whole shard.
 """
 import itertools
@@ -35,14 +35,14 @@ from nanomaml.config import Natural, TextEncoding, UserError, one_line, require
 from nanomaml.console import clock
 from nanomaml.tokenizer import SPECIAL, encoding, load_tokenizer
 
-# Pre-tokenizer of the tokenizers trained here: a word takes its leading space along, digits go in threes. The
+# Pre-tokenizer of the tokenizers trained here: a word includes its leading space, digits come in threes. The
 # marks of a letter (accents, vowel signs, niqqud) belong to its word, as do words.JOINERS: soft hyphen and
 # joiners that Persian and the scripts of India write within words. An apostrophe ends a word (don ' t), as it
 # may stand for an elision or a quote, and no rule tells these apart in all languages.
 PATTERN = r" ?\p{L}[\p{L}\p{M}\u00ad\u200c\u200d]*| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-TOKENIZER_CHARACTERS = 2e8  # settle the merges of a small vocabulary
+TOKENIZER_CHARACTERS = 2e8  # enough to settle the merges of a small vocabulary
 STATE = "state.json"  # in OUT.partial: what is on disk so far
-# What a preparation writes, so what it may remove.
+# What a preparation writes, and may therefore remove.
 OWN = re.compile(r"(train|val(_.+)?)_\d{6,}\.bin|(tokenizer|meta|state)\.json(\.partial)?")
 
 HeldOut = Annotated[float, "in [0, 0.5]", lambda x: 0 <= x <= 0.5]
@@ -56,11 +56,11 @@ class Config(config.Settings):
     out: str = EMBEDDED  # folder to write; must not exist yet
     source: str = ""  # files, folders, datasets (name:subset:split), comma-separated; empty: documentation
     val: str = ""  # files, comma-separated, each a validation domain; empty: hold out val_share of documents
-    val_share: HeldOut = 0.02  # documents held out where val is empty: one in round(1 / val_share); 0: none
+    val_share: HeldOut = 0.02  # documents held out if val is empty: one in round(1 / val_share); 0: none
     tokenizer: str = "train"  # train: learn one; gpt2; a folder with a tokenizer.json; USER/NAME on the hub
-    vocab_size: VocabSize = 4096  # ids of a tokenizer trained here, its 2 special tokens included
+    vocab_size: VocabSize = 4096  # ids of a tokenizer trained here, including 2 special tokens
     max_tokens: Natural = 0  # stop after exactly this many training tokens; 0: read all
-    shard_tokens: ShardTokens = 100_000_000  # tokens of a shard, 2 bytes each
+    shard_tokens: ShardTokens = 100_000_000  # tokens per shard, 2 bytes each
     text_key: str = "text"  # field of .jsonl, .parquet and datasets: text, or token ids (as input_ids)
     encoding: TextEncoding = "utf-8"  # of text files that do not start with a byte-order mark: gb18030, ...
 
@@ -91,14 +91,14 @@ def check_sources(cfg):
         sources.find_files(name)  # refuses what cannot be read
         require(domain != "loss", f"val: {name} would be logged as val/loss, the mean of domains: rename it")
         source = read_for.get(os.path.realpath(name))
-        require(not source, f"val: {name} is also trained on, source {source} has it: give another file")
+        require(not source, f"val: {name} is also trained on, in source {source}: give another file")
     return domains, sizes | {name: os.path.getsize(name) for name in domains}
 
 
 def read_sources(cfg, names, *args, characters=float("inf"), empty=lambda: None):
-    """The documents of the named sources, or only what begins within so many characters.
+    """The documents of the named sources, or only those that begin within so many characters.
 
-    empty: called for each document without text, which is passed over.
+    empty: called for each document without text, which is skipped.
     """
     documents = (document for source in names
                  for document in sources.read_documents(source, cfg.text_key, cfg.encoding, *args))
@@ -113,14 +113,14 @@ def read_sources(cfg, names, *args, characters=float("inf"), empty=lambda: None)
 
 
 def held_out_every(cfg):
-    """Every so many documents one is held out; 0: none."""
+    """One in this many documents is held out; 0: none."""
     return round(1 / cfg.val_share) if cfg.val_share and not cfg.val else 0
 
 
 def pieces(cfg, domains, n_ids, progress, is_whole):
     """(split, does a document start here, text or token ids) of all documents, validation files first.
 
-    is_whole: texts are not cut, as the tokenizer adds a blank where one begins.
+    is_whole: texts are not cut, since the tokenizer adds a blank at the start of each.
     """
     every, names = held_out_every(cfg), sources.split_list(cfg.source)
     validation = ((f"val_{domain}", document) for name, domain in domains.items()
@@ -129,18 +129,18 @@ def pieces(cfg, domains, n_ids, progress, is_whole):
     training = (("val" if every and i % every == every - 1 else "train", document)
                 for i, document in enumerate(documents))
     for split, document in itertools.chain(validation, training):
-        is_text = isinstance(document, str)  # else token ids, which have end tokens among them
+        is_text = isinstance(document, str)  # otherwise token ids, which include end tokens
         parts = sources.PIECES.findall(document) if is_text and not is_whole else [document]
         for i, piece in enumerate(parts):
             yield split, is_text and i == 0, piece
 
 
 def batches(items, characters=4_000_000):
-    """Lists of the items up to so many characters: enough for all cores, little in memory."""
+    """Lists of the items, of about so many characters: enough for all cores, little in memory."""
     batch, size = [], 0
     for item in items:
         batch.append(item)
-        size += len(item[2]) + 100  # what an object takes; a source may be made of short lines
+        size += len(item[2]) + 100  # the overhead of an object; a source may consist of short lines
         if size > characters:
             yield batch
             batch, size = [], 0
@@ -168,13 +168,13 @@ def make_tokenizer(cfg):
 
 
 def own_files(folder):
-    """{name: bytes} of the files in it that a preparation wrote."""
+    """{name: bytes} of the files in a folder that a preparation wrote."""
     return {path.name: path.stat().st_size for path in folder.iterdir()
             if OWN.fullmatch(path.name) and path.is_file()}
 
 
 def save_state(writers, state):
-    """Keeps {settings, pieces of text that are done, tokens of splits, bytes of files}, with a checksum."""
+    """Saves {settings, pieces of text that are done, tokens of splits, bytes of files}, with a checksum."""
     for writer in writers.values():
         writer.sync()
     folder = writers["train"].folder
@@ -197,15 +197,15 @@ def load_state(partial, settings):
         changed = ", ".join(key for key in begun | settings if begun.get(key) != settings.get(key))
         require(not changed, f"{partial} was begun with another {changed}: give the same, or remove it")
         lost = ", ".join(name for name, size in state["files"].items() if own.get(name, 0) < size)
-        require(not lost, f"{partial} lacks a part of {lost}: remove that folder to start anew")
-        print(f"{partial}: going on after {sum(state['tokens'].values()):,} tokens", file=sys.stderr)
+        require(not lost, f"{partial} lacks a part of {lost}: remove that folder to start again")
+        print(f"{partial}: continuing after {sum(state['tokens'].values()):,} tokens", file=sys.stderr)
     for name in own.keys() - state["files"].keys() - {STATE}:  # written after that state
         (partial / name).unlink()
     return state
 
 
 class Progress:
-    """A line on stderr every ten seconds: tokens, rate and time left; and documents without text, counted."""
+    """A line on stderr every ten seconds: tokens, rate and time left. Counts documents without text."""
 
     def __init__(self, cfg, size):
         self.cfg, self.size = cfg, size  # bytes of all files; 0: not known
@@ -238,9 +238,9 @@ class Progress:
 
 
 def write_splits(cfg, domains, tokenizer, writers, state, sizes):
-    """Writes the bins of all splits with {split: ShardWriter}, from `state` on; keeps that once a shard."""
+    """Writes the bins of all splits with {split: ShardWriter}, from `state` on; saves that once a shard."""
     end, limit = np.array([tokenizer.eot_token], "<u2"), cfg.max_tokens or 2**63
-    n_ids = 0 if cfg.tokenizer == "train" else tokenizer.n_vocab  # ids of a tokenizer trained here cannot be
+    n_ids = 0 if cfg.tokenizer == "train" else tokenizer.n_vocab  # no source has ids of a new tokenizer
     progress = Progress(cfg, sum(sizes[name] for name in sizes.keys() - domains.keys()))
     rest = pieces(cfg, domains, n_ids, progress, isinstance(tokenizer, tokenizers.HuggingFaceTokenizer))
 
@@ -250,7 +250,7 @@ def write_splits(cfg, domains, tokenizer, writers, state, sizes):
         return np.concatenate([end[:is_start], ids.astype("<u2")])
 
     for number, _ in enumerate(itertools.islice(rest, state["pieces"])):
-        progress.line(f"passing over the text that is on disk, {number / state['pieces']:.0%}")
+        progress.line(f"skipping the text that is already on disk, {number / state['pieces']:.0%}")
     progress.show(writers)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for batch in batches(rest):
@@ -271,7 +271,7 @@ def write_splits(cfg, domains, tokenizer, writers, state, sizes):
 
 
 def fill(partial, cfg, domains, sizes):
-    """Writes tokenizer, bins and meta.json, and returns that. Where it fails, only whole shards stay."""
+    """Writes tokenizer, bins and meta.json, and returns its content. On failure only whole shards stay."""
     partial.mkdir(exist_ok=True)
     settings = asdict(cfg) | {"out": None} | sizes  # out may be written in several ways
     state, every = load_state(partial, settings), held_out_every(cfg)
@@ -302,9 +302,9 @@ def fill(partial, cfg, domains, sizes):
         else:
             for name in own_files(partial):
                 (partial / name).unlink()
-            with suppress(OSError):  # something else came in
+            with suppress(OSError):  # if another file came in
                 partial.rmdir()
-        if isinstance(error.__cause__, KeyboardInterrupt):  # they let it surface as a SystemError
+        if isinstance(error.__cause__, KeyboardInterrupt):  # libraries turn it into a SystemError
             raise KeyboardInterrupt from None
         raise
 
@@ -312,12 +312,12 @@ def fill(partial, cfg, domains, sizes):
 def prepare(cfg):
     """Writes cfg.out. The folder appears whole or not at all; the same input gives the same bytes.
 
-    A second process that is to write the same folder waits, and takes what the first has written.
+    A second process that is to write the same folder waits, and uses what the first has written.
     """
     out, start = Path(cfg.out), time.perf_counter()
     require(not os.path.lexists(out), f"{out} exists already: remove it, or write elsewhere with --out=")
     domains, sizes = check_sources(cfg)
-    # The lock lies beside the folder, so that no open file is in it when it is renamed: Windows refuses that.
+    # The lock lies beside the folder, not in it: Windows renames no folder in which a file is open.
     partial, lock = out.with_name(f"{out.name}.partial"), out.with_name(f"{out.name}.lock")
     done, is_held = "written by another process meanwhile", False
     try:

@@ -1,11 +1,11 @@
-"""What the representations look like while they train: effective rank and attention entropy.
+"""What the representations look like during training: effective rank and attention entropy.
 
     python probes.py out/demo                       # measures a run's checkpoints again, one JSON line each
-    python probes.py out/demo --data=/mnt/corpus    # on data that moved since, or on other data
+    python probes.py out/demo --data=/mnt/corpus    # if the data moved, or on other data
 
-train.py measures them during a run, without leaving a trace, and writes them to out_dir/probes.jsonl:
+train.py measures both during a run, without side effects, and writes them to out_dir/probes.jsonl:
 rank/<v_proj|o_proj|down_proj|resid>/<layer>; entropy/<layer>/<head>, normalised; entropy_nats/<layer>/<head>.
-A new probe is a line in `measure`; named <what>/<layer>, it has panels in watch.py and report.py, and phases.
+A new probe is a line in `measure`; if named <what>/<layer>, watch.py and report.py show it, with its phases.
 """
 import json
 import math
@@ -87,7 +87,7 @@ def fixed_batch(validation, d_model, context):
 
 
 def matrices(decoder):
-    """(metric's "<what>/<layer>", weight) of the projections whose rank is followed."""
+    """(metric's "<what>/<layer>", weight) of the projections whose rank is tracked."""
     for i, layer in enumerate(decoder.model.layers):
         yield f"v_proj/{i:02d}", layer.self_attn.v_proj.weight
         yield f"o_proj/{i:02d}", layer.self_attn.o_proj.weight
@@ -98,8 +98,8 @@ def matrices(decoder):
 def measure(decoder, ids, rank=effective_rank):
     """All probes of a Decoder on ids (B, T): {metric: float}.
 
-    Layers are called through `forward`, which bypasses what `compile()` installed. rank = gram leaves a
-    matrix in the place of each rank, for `Live`.
+    Layers are called through `forward`, which bypasses what `compile()` installed. With rank = gram
+    a matrix takes the place of each rank, for `Live`.
     """
     metrics = {f"rank/{name}": rank(weight) for name, weight in matrices(decoder)}
     rope, mask = decoder.model.positions(ids.shape[1]), decoder.model.mask(ids.shape[1])
@@ -115,16 +115,16 @@ def measure(decoder, ids, rank=effective_rank):
 
 
 class Live:
-    """The probes of a run while it trains, written to its log; on the first rank alone.
+    """The probes of a run while it trains, written to its log; only on the first rank.
 
         with Live(cfg, validation, log, progress, device) as live:     # log: logs.RunLog
             live.measure_if_due(decoder)                               # between updates
-            live.write()                                               # what is done by now
+            live.write()                                               # the probes that are done
 
-    Training waits for forward passes and Gram matrices; threads turn these into ranks behind it, each on one
-    core: one where training is on the CPU, four on a GPU, since at d_model 1536 one alone takes longer than
-    100 updates of eight H100. A run that was killed after a checkpoint and before the line of the probe there
-    measures that again.
+    Training waits for forward passes and Gram matrices; threads compute the ranks in the background, each on
+    one core: one thread if training is on the CPU, four on a GPU, since at d_model 1536 a single one takes
+    longer than 100 updates of eight H100. A run killed after a checkpoint but before that step's probe was
+    written measures the probe again.
     """
 
     def __init__(self, cfg, validation, log, progress, device):
@@ -132,7 +132,7 @@ class Live:
         self.ids = fixed_batch(validation, cfg.d_model, cfg.context).to(device)
         threads = 1 if device.type == "cpu" else 4
         self.pool = ThreadPoolExecutor(threads, "spectra", torch.set_num_threads, (1,))
-        self.pending, self.last = deque(), {}  # lines with a Future for each rank, oldest first; the newest
+        self.pending, self.last = deque(), {}  # lines with a Future for each rank, oldest first; newest line
         self.is_lost = self.is_due(progress.resumed_at) and progress.resumed_at not in {
             line["step"] for line in read_jsonl(Path(cfg.out_dir, "probes.jsonl"), "step")}
 
@@ -159,7 +159,7 @@ class Live:
                              for key, value in line.items()})
 
     def finished(self, through):
-        """Yields each line that is done, in order of their steps; waits for those up to step `through`."""
+        """Yields each finished line, in the order of steps; waits for lines up to step `through`."""
         while self.pending and (self.pending[0]["step"] <= through or all(
                 value.done() for value in self.pending[0].values() if isinstance(value, Future))):
             yield {key: value.result() if isinstance(value, Future) else value
@@ -187,7 +187,7 @@ def main(argv):
             continue
         cfg = state["config"]
         source = folder or cfg["data"]
-        require(folder or Path(source).is_dir(), f"no data at {source}, where {path} was trained: "
+        require(folder or Path(source).is_dir(), f"no data at {source}, which {path} was trained on: "
                                                  "name the folder that holds it now, --data=FOLDER")
         ids = fixed_batch(data.open_corpus(source)[1], cfg["d_model"], cfg["context"])
         require(ids.max() < cfg["vocab_size"], f"{source} holds token id {ids.max()}, {path} has "

@@ -3,12 +3,12 @@
     python report.py out/demo                         # one run: its curves and their phases
     python report.py out/hybrid out/vanilla           # two groups of one run each; vanilla is the baseline
     python report.py out/hybrid-1,out/hybrid-2 out/vanilla-1,out/vanilla-2 --out=out/seeds  # two runs a group
-    python report.py out/sweep --sort=loss            # all below; runs that differ in the seed are a group
+    python report.py out/sweep --sort=loss            # all runs below, grouped where only seeds differ
 
-Writes OUT.md, OUT.png and, of several runs, OUT.csv from each run's log.jsonl and, if present, config.json,
+Writes OUT.md, OUT.png and, for several runs, OUT.csv from each run's log.jsonl and, if present, config.json,
 run.json, probes.jsonl, ner.jsonl. Groups with runs of the same seeds are compared pair by pair: such runs
-start from the same weights and read the same text. What makes a comparison wrong or doubtful is said first,
-and marked wherever it counts (nanomaml/compare.py). A metric of probes.jsonl named <what>/<layer> or
+start from the same weights and read the same text. The report first says what makes a comparison wrong or
+doubtful, and marks the rows concerned (nanomaml/compare.py). A metric of probes.jsonl named <what>/<layer> or
 <what>/<layer>/<head> is a curve: it gets a panel in the figure and rows in the table of phases. For another
 evaluation, add a function to SECTIONS: from (groups, their names) to paragraphs of Markdown, [] if the runs
 have nothing for it.
@@ -27,14 +27,14 @@ from nanomaml.stats import difference, escaped, markdown, mean_std, speedup
 
 @dataclass(frozen=True)
 class Config(config.Settings):
-    out: str = ""  # path without ending; empty: report, or comparison, in the first run's folder
+    out: str = ""  # path without extension; empty: report, or comparison, in the first run's folder
     sort: str = ""  # column by which the table of runs is sorted, such as loss; empty: as given
 
 
 def compared(groups, label, values, form, test=True, comparable=True, whole=True):
-    """[a row]: the mean of each group and what it differs by from the last, with the p-value of that.
+    """[a row]: the mean of each group, its difference from the last group's, and the p-value of that.
 
-    values: [[a number of each run] for each group]. [] if a group has none, or all where not `whole`.
+    values: [[a number of each run] for each group]. [] if a group is empty or, if not `whole`, all are.
     test=False omits p-values, comparable=False differences too.
     """
     if not (all if whole else any)(values):
@@ -59,7 +59,7 @@ def comparison(names, rows):
 
 
 def adaptation_rows(groups, what, label):
-    """Query accuracy or loss at the end; no row where a run lacks it or was measured by other episodes."""
+    """Query accuracy or loss at the end; no row if a run lacks it or was measured on other episodes."""
     rows, found = [], compare.caveats(groups)
     for kind, words in runs.WORDS.items() if not {"other text", "other instrument"} & found.keys() else []:
         for read_out, (where, _) in runs.READ_OUTS.items():
@@ -70,7 +70,7 @@ def adaptation_rows(groups, what, label):
 
 
 def ner_rows(groups, tests, options):
-    """The mean F1 over treebanks that all runs were scored on, in a language of training and in others."""
+    """The mean F1 over treebanks that all runs were scored on, in a training language and in others."""
     rows, found = [], compare.caveats(groups)
     for is_own, what in ((True, "in-language"), (False, "zero-shot")):
         complete = [scores for test, scores in tests.items() if runs.in_language(options[0], test) == is_own
@@ -83,7 +83,7 @@ def ner_rows(groups, tests, options):
 
 
 def answer(groups, names):
-    """What groups bought over the last, the baseline: the last values, not the best, and what runs took."""
+    """Each group against the last, the baseline: final values, not the best ones, and what runs cost."""
     rows, found = [], compare.caveats(groups)
     is_same_text = "other text" not in found
     for axis in runs.shared_axes(groups) if is_same_text and len(groups) > 1 else []:
@@ -137,7 +137,7 @@ def speedup_to_equal_loss(groups, names):
 
 
 def universal_ner(groups, names):
-    """Span F1 on each treebank, a table for each way of fine-tuning; at its bottom without a model."""
+    """Span F1 on each treebank, a table for each way of fine-tuning; its last row is without a model."""
     paragraphs, scores = [], runs.ner_scores(groups)
     for (mode, train, *rest), tests in scores.items():
         def own(test):
@@ -154,7 +154,7 @@ def universal_ner(groups, names):
                 rows += compared(groups, label, means, ".1f", comparable=False, whole=False)
         options = ", ".join(f"{name} {value}" for name, value in zip(runs.NER_KEY[2:7], rest) if value)
         paragraphs += [f"## Universal NER, {mode}, trained on {escaped(train)} ({escaped(options)})",
-                       "Span F1 in percent; of each run the mean over fine-tuning seeds.",
+                       "Span F1 in percent; for each run the mean over fine-tuning seeds.",
                        comparison(names, rows)]
     return paragraphs
 
@@ -164,7 +164,7 @@ def phases_of_curves(groups, names):
     note = ("The rise goes from start to peak. The fall comes after it; 90% of it has happened where it "
             "settled. Before: a fall before the start. Start, peak and settled are updates; before, rise and "
             "fall are percentages of the level that they start from. Changes within the noise do not count. "
-            "Of several runs: the verdict of most, and the means over these.")
+            "With several runs: the most frequent verdict, and means over its runs.")
     paragraphs = []
     for name, group in zip(names, groups):
         rows = [["curve", "layer", "verdict", "before", "start", "rise", "peak", "fall", "settled", "noise"]]
@@ -184,12 +184,12 @@ def phases_of_curves(groups, names):
     return paragraphs
 
 
-# In the order of the report. Phases come last: the console shows what stands before them.
+# In the order of the report. Phases come last: the console shows what comes before them.
 SECTIONS = [speedup_to_equal_loss, universal_ner, phases_of_curves]
 
 
 def settings_that_differ(groups, names):
-    """What a reader must know before any number: caveats, and the settings that differ between and within."""
+    """To be read before any number: caveats, and the settings that differ between groups or within them."""
     found = compare.caveats(groups)
     paragraphs = [f"**{kind.capitalize()}.** {escaped(said)}" for kind, said in found.items()]
     differing = compare.differing_settings(groups)
@@ -222,14 +222,14 @@ def tables(groups, names, sort=""):
 
 
 def write(places, out="", sort=""):
-    """Writes OUT.md, OUT.png and, of several runs, OUT.csv: (the tables as Markdown, OUT).
+    """Writes OUT.md, OUT.png and, for several runs, OUT.csv: (the tables as Markdown, OUT).
 
     places: as `compare.read` takes them; out, sort: as in Config. UserError if a run has no validation loss.
     """
     found, names = compare.read(list(map(str, places)))
     n_runs = sum(map(len, found))
     out = Path(out or Path(found[0][0]["path"], "report" if n_runs == 1 else "comparison"))
-    config.require(out.name, f"out must be a path without ending, such as out/report, got {str(out)!r}")
+    config.require(out.name, f"out must be a path without extension, such as out/report, got {str(out)!r}")
     text = tables(found, names, sort)
     out.parent.mkdir(parents=True, exist_ok=True)
     image = io.BytesIO()
@@ -248,7 +248,7 @@ def main(argv):
     cfg = config.load(Config, flags, __doc__)
     text, out = write(given, cfg.out, cfg.sort)
     print(text.split("## Phases of")[0].rstrip() + "\n")
-    print(f"files     {out}.md (these tables, and the phases of every layer), .png; of several runs, .csv")
+    print(f"files     {out}.md (these tables, and the phases of every layer), .png; for several runs, .csv")
 
 
 if __name__ == "__main__":

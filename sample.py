@@ -1,12 +1,12 @@
-"""Text from a checkpoint, shown as it is made.
+"""Generates text from a checkpoint, and shows it as it comes.
 
     python sample.py out/demo --prompt="The function returns" --tokens=100
     python sample.py out/demo --samples=3 --temperature=0.8 --top_k=50 --seed=2 < prompt.txt
 
 The first argument is a run's folder (its newest checkpoint is used) or a checkpoint file. A sample ends
-early where the model ends the text. Without --prompt the prompt comes from standard input, less one newline
-at its end, which `echo` adds. An empty prompt is the beginning of a text. <|endoftext|> and <|mask|> in a
-prompt are these tokens.
+early where the model ends the text. Without --prompt the prompt comes from standard input, without the
+newline that `echo` adds. An empty prompt begins a text. <|endoftext|> and <|mask|> in a prompt are read as
+the special tokens.
 """
 import itertools
 import re
@@ -29,10 +29,10 @@ Temperature = Annotated[float, "0 (always the likeliest token) or from 0.001 to 
 @dataclass(frozen=True)
 class Config(config.Settings):
     prompt: str = ""  # text to continue
-    tokens: Count = 200  # most tokens of a sample; beyond the context each is drawn after the last `context`
+    tokens: Count = 200  # most tokens of a sample; each is drawn after at most the last `context` tokens
     samples: Count = 1  # samples, one after the other
     temperature: Temperature = 0.8  # of the softmax; 0: always the likeliest token
-    top_k: Natural = 50  # draw from the likeliest k tokens alone; 0: from all
+    top_k: Natural = 50  # draw only from the likeliest k tokens; 0: from all
     seed: Natural = 1  # of the first sample; the next has seed + 1, and so on
     device: str = "auto"  # auto: cuda, else mps, else cpu; or a name like cuda:1
     dtype: machine.Dtype = "auto"  # of matrix products; auto: bfloat16 where the hardware has it

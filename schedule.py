@@ -1,4 +1,4 @@
-"""Which kind each micro-step is, and which sequences or episodes each rank reads in it.
+"""The kind of each micro-step, and the sequences or episodes that each rank reads in it.
 
     schedule = Schedule(cfg, world)                                 # cfg: train.py's Config
     kind, numbers = schedule.micro_step(123, rank, {"lm": 16, "episodes": 1})  # "episodes", range(75, 76)
@@ -15,7 +15,7 @@ from nanomaml.config import require
 
 
 def block_kinds(cfg):
-    """(max_steps, blocks) names of kinds: a prefix of one series."""
+    """(max_steps, blocks) names of kinds; a longer run continues the same series."""
     kinds = np.full((cfg.max_steps, cfg.meta_blocks if cfg.meta_share > 0 else 1), "lm", dtype=object)
     if cfg.meta_share > 0:
         uniform = np.random.default_rng([cfg.seed, 2]).random(kinds.shape)
@@ -27,9 +27,9 @@ def block_kinds(cfg):
 class Schedule:
     """The plan of a run on `world` ranks.
 
-    The batches of each kind are numbered apart, so a hybrid run sees the sequences of a vanilla one, in
-    the same order. The micro-steps of an update come in blocks of one kind; a block covers the same
-    sequences or episodes for any number of ranks, and so does an update.
+    The batches of each kind are numbered separately, so a hybrid run sees the sequences of a vanilla one,
+    in the same order. The micro-steps of an update come in blocks of one kind; a block, and so an update,
+    covers the same sequences or episodes for any number of ranks.
     """
 
     def __init__(self, cfg, world):
@@ -67,8 +67,8 @@ class Schedule:
 def read_ahead(schedule, sources, rank, device, first):
     """Yields ([(kind, batch) of each micro-step], seconds waited for them) of the updates from `first` on.
 
-    A thread reads the batches of an update while the one before it trains. They come whole: where a bin
-    cannot be read, the error comes between two updates.
+    A thread reads the batches of an update while the previous update trains. They come all at once: if a
+    bin cannot be read, the error comes between two updates.
     """
     sizes = {kind: source.size for kind, source in sources.items()}
 

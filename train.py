@@ -3,11 +3,11 @@
     python train.py configs/demo.py                                      # a laptop: two cores, five minutes
     python train.py configs/11m.py configs/vanilla.py --out_dir=out/11m-vanilla    # files overlay each other
     torchrun --standalone --nproc_per_node=8 train.py configs/570m.py    # eight GPUs
-    python train.py out/11m-vanilla --max_steps=9000                     # a run made longer
+    python train.py out/11m-vanilla --max_steps=9000                     # lengthens a run
     python watch.py out                                                  # all of them, live
 
 The same command again resumes from the newest checkpoint in out_dir. Ctrl-C, SIGTERM or SIGHUP finishes the
-step, writes a checkpoint and exits with 0. What can go wrong is watched for in nanomaml/trouble.py.
+step, writes a checkpoint and exits with 0. nanomaml/trouble.py watches for what can go wrong.
 """
 import math
 import os
@@ -44,14 +44,14 @@ Limited = Annotated[int, "in 0 to 10**9", lambda n: 0 <= n <= 10**9]  # a larger
 
 @dataclass(frozen=True)
 class Config(ModelConfig):
-    out_dir: str = "out/run"  # checkpoints and logs go here; a run that is there already is resumed
-    data: str = data.EMBEDDED  # folder of token bins; this default is prepared automatically where missing
+    out_dir: str = "out/run"  # checkpoints and logs go here; a run already there is resumed
+    data: str = data.EMBEDDED  # folder of token bins; this default is prepared automatically if missing
     init_from: str = ""  # run's folder or checkpoint whose model a new run starts from; a resume ignores it
-    seed: Natural = 1  # of everything: weights, order of the data, episodes, which micro-step is which
+    seed: Natural = 1  # for everything: weights, order of the data, episodes, kinds of micro-steps
     # optimisation
     max_steps: Limited = 6000  # length of the run in updates (optimizer steps)
-    global_batch_size: Count = 256  # sequences of an update, over all ranks and micro-steps
-    batch_size: Count = 16  # sequences of a micro-step on each rank
+    global_batch_size: Count = 256  # sequences per update, over all ranks and micro-steps
+    batch_size: Count = 16  # sequences per micro-step on each rank
     lr: Positive = 3e-4  # peak learning rate
     warmup_steps: config.Updates = 5 / 12  # warm-up from 0, then decay to 0 at max_steps; below 1: a share
     weight_decay: NonNegative = 0.1  # AdamW, on matrices only
@@ -60,32 +60,32 @@ class Config(ModelConfig):
     grad_clip: NonNegative = 1.0  # largest norm of the gradient; 0: off
     # episodes
     meta_share: Share = 0.5  # probability that a block of micro-steps reads episodes; 0: off (vanilla)
-    meta_blocks: Count = 2  # parts of an update whose kind is drawn separately; must divide its micro-steps
+    meta_blocks: Count = 2  # blocks of an update, each of a random kind; must divide its micro-steps
     meta_start: config.Updates = 0  # updates before the first episode; below 1: a share of max_steps
     meta_weight: NonNegative = 1.0  # factor on the query loss
-    read_out: Literal["mask", "context"] = "mask"  # where a word is read: its mask, or one position before it
+    read_out: Literal["mask", "context"] = "mask"  # where a word is read: at its mask or one position before
     ways: Several = 32  # N, words to tell apart in an episode
     shots: Count = 4  # K, support windows per word
     queries: Count = 1  # Q, query windows per word
-    window: Several = 128  # tokens of a window, a mask at its end included
-    word_targets: Literal["spaced", "any"] = "spaced"  # classes: after a space; any: all of letters (Chinese)
-    max_word_share: Positive = 1e-3  # words that make up more of the text are no classes ("the")
-    episodes: Count = 1  # episodes of a micro-step on each rank
+    window: Several = 128  # tokens of a window, including a mask at its end
+    word_targets: Literal["spaced", "any"] = "spaced"  # classes: words after a space; any: letters (Chinese)
+    max_word_share: Positive = 1e-3  # words that make up more of the text are not classes ("the")
+    episodes: Count = 1  # episodes per micro-step on each rank
     inner_steps: Natural = 10  # SGD steps of the inner loop
-    inner_lr: NonNegative = 0.0  # their rate; 0: 25.6 / d_model, for a linear head that starts at zero
+    inner_lr: NonNegative = 0.0  # their rate; 0: 25.6 / d_model, to suit a linear head that starts at zero
     adapt: str = "head"  # what the inner loop adapts: head, all, or a regular expression (model.*, head.*)
-    first_order: bool = True  # False: second-order MAML, through the inner loop
+    first_order: bool = True  # False: second-order MAML, with gradients through the inner loop
     head_layers: Count = 1  # layers of the episode head; 1: linear
-    head_width: Count = 128  # of the head's hidden layers
+    head_width: Count = 128  # width of the head's hidden layers
     head_start: Literal["zero", "random"] = "zero"  # output layer at an episode's start; random: learned
-    # what is written, and when (in updates; the last one always counts; 0: never)
+    # what is written, and how often (in updates, and always after the last; 0: never)
     log_every: Count = 10  # training metrics
     eval_every: Natural = 250  # validation loss
     eval_sequences: Count = 64  # validation sequences of each domain
-    eval_episodes: Natural = 64  # episodes of held-out text at each evaluation, for vanilla runs too; 0: off
-    eval_ways: Several = 16  # N of these episodes; the same in all runs that are compared
-    eval_shots: Count = 4  # K of these episodes
-    eval_queries: Count = 2  # Q of these episodes
+    eval_episodes: Natural = 64  # episodes of held-out text at each evaluation, in vanilla runs too; 0: off
+    eval_ways: Several = 16  # N of the eval_episodes; the same in all runs that are compared
+    eval_shots: Count = 4  # K of the eval_episodes
+    eval_queries: Count = 2  # Q of the eval_episodes
     eval_window: Count = 32  # tokens of text before the word
     probe_every: Natural = 100  # effective rank and attention entropy
     checkpoint_every: Natural = 500  # checkpoints
@@ -93,7 +93,7 @@ class Config(ModelConfig):
     keep_every: Natural = 0  # checkpoints at multiples of this are kept too; 0: none
     report: bool = True  # at the end, write report.md and report.png to out_dir, as report.py does
     wandb: Wandb = "disabled"  # disabled, offline or online
-    wandb_project: str = "nanomaml"  # project there
+    wandb_project: str = "nanomaml"  # wandb project
     # machine
     device: str = "auto"  # auto: cuda, else mps, else cpu; or a name like cuda:1
     dtype: Dtype = "auto"  # of matrix products: bfloat16 or float32; auto: bfloat16 where the hardware has it
@@ -127,12 +127,12 @@ class Config(ModelConfig):
 class Source(NamedTuple):
     """Where the batches of one kind of micro-step come from.
 
-    A batch is a NamedTuple of tensors with two properties: `tokens`, all that it reads, and `lm_tokens`,
-    those of a next-token loss. The kind's loss is `Learner.<kind>_loss`, its cost `Learner.<kind>_flops`.
+    A batch is a NamedTuple of tensors with two properties: `tokens`, how many it reads, and `lm_tokens`,
+    how many a next-token loss counts. Its loss is `Learner.<kind>_loss`, its cost `Learner.<kind>_flops`.
     """
 
-    batches: object  # batches[range of numbers] -> batch, a pure function of them
-    size: int  # sequences or episodes of a micro-step on each rank
+    batches: object  # batches[range of numbers] -> batch, a pure function of the numbers
+    size: int  # sequences or episodes per micro-step on each rank
 
 
 def build_sources(cfg, kinds, corpus, tokenizer):
@@ -143,7 +143,7 @@ def build_sources(cfg, kinds, corpus, tokenizer):
             corpus, tokenizer, ways=cfg.ways, shots=cfg.shots, queries=cfg.queries, window=cfg.window,
             seed=cfg.seed, read_out=cfg.read_out, word_targets=cfg.word_targets, max_share=cfg.max_word_share)
         sources["episodes"] = Source(episodes, cfg.episodes)
-    for batches, size in sources.values():  # text with too few words fails now
+    for batches, size in sources.values():  # so that a text with too few words fails now
         for index in range(8):
             batches[range(index * size, (index + 1) * size)]
     return sources
@@ -210,28 +210,28 @@ def build_optimizers(cfg, learner):
 
 
 def lr_factor(cfg, step):
-    """The learning rate of the update that follows `step` others, as a share of the peak rate."""
+    """The learning rate of the update after `step` others, as a share of the peak rate."""
     if step < cfg.warmup_steps:
         return (step + 1) / cfg.warmup_steps
     return (cfg.max_steps - step) / (cfg.max_steps - cfg.warmup_steps)
 
 
 def optimizer_step(optimizers, factor, is_bad):
-    """Sets each group's rate to `factor` times its own, steps unless `is_bad` (0 or 1), zeroes gradients."""
+    """Sets each group's rate to `factor` times its peak, steps unless `is_bad` (0 or 1), zeroes gradients."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         if is_bad.is_cuda and isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]:
-            # It looks at the flag on the device, as for GradScaler, so nothing waits.
+            # Fused AdamW reads the flag on the device, as with GradScaler, so the host need not wait.
             optimizer.grad_scale, optimizer.found_inf = None, is_bad
             optimizer.step()
-        elif not is_bad:  # most ignore the flag: the host waits for the device and looks
+        elif not is_bad:  # other optimizers ignore the flag: the host waits for the device and checks it
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
 
 def compile_layers(cfg, device, learner):
-    """Compiles the decoder in place where the settings say so and it is possible."""
+    """Compiles the decoder in place if the settings ask for it and it is possible."""
     is_wanted = device.type == "cuda" if cfg.compile is None else cfg.compile
     compiler = os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))
     require(not is_wanted or shutil.which(compiler),
@@ -239,8 +239,8 @@ def compile_layers(cfg, device, learner):
     if is_wanted and (cfg.first_order or learner.head_only):
         learner.decoder.compile()
     elif is_wanted:
-        print0("note      not compiled, since torch.compile has no second derivative, which "
-               "first_order=False needs of the layers that adapt")
+        print0("note      not compiled: torch.compile has no second derivative, and with "
+               "first_order=False the layers that adapt need one")
 
 
 def wrap_for_ranks(learner, device):
@@ -258,7 +258,7 @@ def wrap_for_ranks(learner, device):
 
 @torch.no_grad()
 def validation_losses(learner, eval_batches, device):
-    """{"val/loss": mean over domains, "val/<domain>" of several}, in nats a token; ranks share the work."""
+    """{"val/loss": mean over domains, "val/<domain>" if several}, in nats a token; ranks share the work."""
     rank, world = ranks.rank_and_world()
     totals = torch.zeros(2, len(eval_batches), device=device)  # summed loss and tokens of each domain
     for i, batch in enumerate(eval_batches.values()):
@@ -286,9 +286,9 @@ def sum_over_ranks(metrics, device):
 
 
 def write_report(out_dir):
-    """report.md and report.png of a finished run, and the phases of its curves on the console."""
+    """Writes report.md and report.png of a finished run, and prints the phases of its curves."""
     try:
-        import report  # and with it matplotlib
+        import report  # which imports matplotlib
 
         report.write([out_dir])
         print0(f"report    {out_dir / 'report.md'}, {out_dir / 'report.png'}")
@@ -299,7 +299,7 @@ def write_report(out_dir):
 
 # ---- the loop ----
 
-BAD_LOSSES = "micro-steps whose loss is not finite"  # travels with the metrics, and is not logged
+BAD_LOSSES = "micro-steps whose loss is not finite"  # summed with the metrics, but not logged
 
 
 def main(argv):
@@ -314,7 +314,7 @@ def main(argv):
 
 
 def train(cfg, device, dtype, lock):
-    """Trains until max_steps or a signal: whether it has just finished the run. lock: an ExitStack."""
+    """Trains until max_steps or a signal. Returns whether a report is due. lock: an ExitStack."""
     # What each micro-step reads
     rank, world = ranks.rank_and_world()
     schedule = Schedule(cfg, world)
@@ -344,9 +344,9 @@ def train(cfg, device, dtype, lock):
         update_seconds = schedule.mean_flops(learner, sources) / peak_flops
         console.print_setup(cfg, schedule, corpus, validation, learner, adaptation, progress, update_seconds)
     with (probes.Live(cfg, validation, log, progress, device) as live,
-          trouble.Watch(cfg, progress, log) as watch):
+          trouble.Guard(cfg, progress, log) as guard):
         while True:
-            # Between updates: probe, evaluate, checkpoint, stop? A resumed step has done all that.
+            # Between updates: probe, evaluate, checkpoint, stop? A resume starts after these.
             learner.eval()
             is_last = progress.step >= cfg.max_steps
             live.measure_if_due(learner.decoder)
@@ -358,12 +358,12 @@ def train(cfg, device, dtype, lock):
                 live.write()
                 print0(console.evaluation_line(progress.step, metrics, live.last, cfg.max_steps))
             live.write()
-            micro_steps, waited = watch.next_of(updates)  # there are none after the last
-            stop = watch.must_stop()
+            micro_steps, waited = guard.next_of(updates)  # no micro-steps after the last update
+            stop = guard.must_stop()
             if progress.step != progress.resumed_at and (
                     progress.is_due(cfg.checkpoint_every, cfg.max_steps) or stop or is_last):
-                live.write(progress.step - 1)  # a resume from here does not measure them again
-                if watch.is_sound(learner, eval_batches, stop or is_last) and rank == 0:
+                live.write(progress.step - 1)  # a resume from here does not measure these probes again
+                if guard.is_sound(learner, eval_batches, stop or is_last) and rank == 0:
                     checkpoint.save(cfg.out_dir, resume.state_of(cfg, digests, learner, optimizers, progress),
                                     cfg.keep, cfg.keep_every)
             if stop or is_last:
@@ -375,7 +375,7 @@ def train(cfg, device, dtype, lock):
             start, values = time.perf_counter() - waited, {}
             for micro, (kind, batch) in enumerate(micro_steps):
                 batch = type(batch)(*(t.to(device, non_blocking=True) for t in batch))
-                # DDP sums the gradients over ranks in the last backward pass alone.
+                # DDP sums the gradients over ranks only in the last backward pass.
                 with model.no_sync() if world > 1 and micro < schedule.micro_steps - 1 else nullcontext():
                     losses, new_values = model(kind, batch)
                     loss = sum(loss * (weights[part] / schedule.micro_steps) for part, loss in losses.items())
@@ -398,14 +398,14 @@ def train(cfg, device, dtype, lock):
                 line |= {"lr": cfg.lr * lr_factor(cfg, progress.step - 1), "grad_norm": grad_norm.item()}
                 log.write("log.jsonl", progress.axes() | line)
                 print0(console.training_line(progress, line, cfg.max_steps))
-                watch.check(line)
+                guard.check(line)
                 progress.start_interval()
-            watch.require_finite()
+            guard.require_finite()
 
     updates.close()
-    watch.raise_failure()
+    guard.raise_failure()
     if not is_last:
-        print0(f"stopped   at step {progress.step}; the same command {watch.resumption()}")
+        print0(f"stopped   at step {progress.step}; the same command {guard.resumption()}")
     elif rank == 0 and progress.step != progress.resumed_at:
         console.print_results(cfg, corpus, learner, tokenizer, eval_batches, metrics)
     print0(f"files     {cfg.out_dir}: ckpt_*.pt, log.jsonl (losses), probes.jsonl (ranks and entropies)")

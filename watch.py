@@ -5,7 +5,7 @@
     python watch.py out/demo --save=demo.html      # the same page as one file, to send or to publish
 
 Reads new bytes of what runs write; training knows nothing of it. The page is watch.html, where a metric of
-any name gets its panel. The server listens on 127.0.0.1, answers GET and has no path but those in `Handler`.
+any name gets its panel. The server listens on 127.0.0.1, and answers only GET of the paths in `Handler`.
 """
 import base64
 import getpass
@@ -33,8 +33,8 @@ SECURITY = ("default-src 'none'; script-src 'self' {}; style-src 'unsafe-inline'
 
 @dataclass(frozen=True)
 class Config(config.Settings):
-    port: Natural = 8000  # of the page; the next free one where it is taken
-    save: str = ""  # write the page to this file and end; empty: serve it
+    port: Natural = 8000  # port of the page; if taken, the next free one
+    save: str = ""  # write the page to this file and exit; empty: serve it
 
 
 class Watched:
@@ -42,12 +42,12 @@ class Watched:
 
     def __init__(self, places):
         self.places, self.runs, self.lock, self.version = places, {}, threading.Lock(), 0
-        self.session = os.urandom(4).hex()  # a page that another process served begins anew
+        self.session = os.urandom(4).hex()  # a page that another process served starts over
         self.update()
         require(self.runs, f"{', '.join(places)}: no run there (a folder with log.jsonl); start one first")
 
     def update(self):
-        """Looks for runs and reads what is new: whether all is read."""
+        """Looks for runs and reads what is new. Returns whether all is read."""
         with self.lock:
             self.version += 1
             for folder in dict.fromkeys(map(Path, sum(map(compare.find_runs, self.places), []))):
@@ -73,7 +73,7 @@ class Watched:
 
 
 def page(saved=None):
-    """(watch.html, its Content-Security-Policy); saved: data that make it a file of its own."""
+    """(watch.html, its Content-Security-Policy); saved: data that make it a standalone file."""
     text = Path(__file__).with_name("watch.html").read_text(encoding="utf-8")
     if saved is not None:
         content = json.dumps(saved).replace("<", "\\u003c")

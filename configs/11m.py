@@ -4,5 +4,5 @@ data = "data/dolma"
 out_dir = "out/11m"
 d_model = 96
 
-# 16 sequences x 2 micro-steps x 8 GPUs: of the two micro-steps of an update on average one reads episodes.
+# 16 sequences x 2 micro-steps x 8 GPUs: on average one of an update's two micro-steps reads episodes.
 queries = 4

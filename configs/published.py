@@ -1,5 +1,5 @@
 # Overlay: head and inner loop as published (arXiv 2508.02189): four layers, started at random, one query.
-# Ten steps at this rate hardly move the head: the query loss stays near ln(ways), and a run warns of it.
+# Ten steps at this rate hardly move the head: the query loss stays near ln(ways), and the run warns about it.
 # Why: docs/inner-loop.md.
 # python train.py configs/11m.py configs/published.py --out_dir=out/11m-published
 head_layers = 4

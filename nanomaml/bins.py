@@ -20,7 +20,7 @@ from nanomaml.config import UserError, require
 
 MAGIC, VERSION, HEADER = 20240520, 1, 256  # HEADER: int32 words before the tokens
 MAX_IDS = 2**16  # bins hold uint16
-# What is known of a whole corpus is known from so many stretches of so many tokens, evenly spread over it.
+# What is known of a whole corpus comes from so many stretches of so many tokens, evenly spread over it.
 STRETCHES, STRETCH = 256, 16384
 
 opened = []  # every Corpus since train.py began to read: a run's digests cover them all
@@ -45,12 +45,12 @@ def open_bin(path):
     else:
         found = header[0] if len(header) else "nothing"
         require(path.name in ("train.bin", "val.bin"),  # nanoGPT's names; its bins have no header
-                f"{path}: starts with {found}, a token bin with {MAGIC}; prepare it with prepare.py")
+                f"{path}: starts with {found}, not with {MAGIC} as a token bin; prepare it with prepare.py")
         require(size > 0 and size % 2 == 0,
                 f"{path}: {size} bytes are not a positive number of uint16 tokens")
     with open(path, "rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if hasattr(mmap, "MADV_RANDOM"):  # reading 8 MB ahead at each place, the first batches took seconds
+    if hasattr(mmap, "MADV_RANDOM"):  # with 8 MB read ahead at each place, the first batches took seconds
         mapped.madvise(mmap.MADV_RANDOM)
     tokens = np.frombuffer(mapped, "<u2", offset=4 * HEADER * has_header)
     require(has_header or not is_wider_than_16_bits(tokens),
@@ -60,12 +60,12 @@ def open_bin(path):
 
 def is_wider_than_16_bits(tokens):
     """Are these the halves of larger integers, of which the upper ones are below 4 (ids below 2**18)?"""
-    sample = tokens[:2**16]  # of fewer than 16 it may be so by chance
+    sample = tokens[:2**16]  # with fewer than 16 it may be so by chance
     return len(tokens) % 2 == 0 and len(tokens) >= 16 and sample[1::2].max() < 4 <= sample[::2].max()
 
 
 def locate(ends, number):
-    """(shard, place in it) of the item of this number, where shard i holds those up to ends[i]."""
+    """(shard, place in it) of the item `number`; shard i holds the items up to ends[i]."""
     shard = int(np.searchsorted(ends, number, side="right"))
     return shard, int(number - (ends[shard - 1] if shard else 0))
 
@@ -77,7 +77,7 @@ class Corpus:
         self.paths, self.sizes = paths, list(map(os.path.getsize, paths))
         self.shards = list(map(open_bin, paths))
         self.tokens = sum(map(len, self.shards))
-        self.vocab_size = MAX_IDS  # as long as it is not known
+        self.vocab_size = MAX_IDS  # until it is known
         opened.append(self)
 
     def check(self, vocab_size):
@@ -87,7 +87,7 @@ class Corpus:
             pass
 
     def read(self, shard, start, length):
-        """`length` tokens of a shard, from `start` on. Raises UserError where they are not what they were."""
+        """`length` tokens of a shard, from `start` on. UserError if the file changed or an id is too big."""
         path = self.paths[shard]
         try:
             size = os.path.getsize(path)
@@ -110,7 +110,7 @@ class Corpus:
 
     @functools.cached_property
     def digest(self):
-        """A hash of the shards' sizes and of the tokens in `stretches`; its cost does not grow with them."""
+        """A hash of the shards' sizes and of the tokens in `stretches`; its cost is bounded."""
         digest = hashlib.sha256(repr(list(map(len, self.shards))).encode())
         for tokens in self.stretches():
             digest.update(tokens.tobytes())
@@ -156,7 +156,7 @@ def open_corpus(folder):
 class ShardWriter:
     """Writes tokens to folder/<name>_000000.bin, _000001.bin, ... of at most `shard_tokens` each.
 
-    `total`: goes on after so many tokens that are there, and drops what was written after them.
+    total: continue after this many existing tokens; drops what was written after them.
     """
 
     def __init__(self, folder, name, shard_tokens, total=0):
@@ -183,7 +183,7 @@ class ShardWriter:
                 self.close()
 
     def sync(self):
-        """What was written is on disk, and a valid bin."""
+        """Puts what was written on disk, as a valid bin."""
         if self.file is not None:
             header = np.zeros(HEADER, "<i4")
             header[:3] = MAGIC, VERSION, self.limit - self.room

@@ -4,7 +4,7 @@
     torch.load(path, weights_only=True)["model"]       # loads into transformers' LlamaForCausalLM
 
 A file is what torch.save writes, and then the CRC-32 of that: PyTorch checks no checksums when it loads, and
-those of a zip archive do not cover its directory. Knows model.py, to load one.
+a zip archive's own do not cover its directory. Imports model.py, to load a model.
 """
 import os
 import pickle
@@ -21,7 +21,7 @@ from model import Decoder, ModelConfig
 from nanomaml.config import UserError, one_line
 
 NAME = r"ckpt_\d+\.pt"
-TRAILER = b"crc32 %08x\n"  # at the end of a file: of all before it
+TRAILER = b"crc32 %08x\n"  # ends a file: the checksum of all before it
 whole = {}  # {path: stamp} of the files that this process wrote or read, so that no save reads them again
 
 
@@ -36,7 +36,7 @@ def step_of(path):
 
 
 class Summed:
-    """A binary file for torch.save to write to, whose CRC-32 is counted on the way."""
+    """A binary file for torch.save to write to, which computes the CRC-32 on the way."""
 
     def __init__(self, file):
         self.file, self.crc = file, 0
@@ -53,13 +53,13 @@ def save(out_dir, state, keep, keep_every=0):
     """Writes `state` (a dict with "step") so that a crash leaves either the whole file or none.
 
     Then deletes later steps (a future that a resume gave up), and earlier ones that are neither among the
-    newest `keep` whole ones nor multiples of `keep_every` (0: none of these).
+    newest `keep` whole ones nor multiples of `keep_every` (0: off).
     """
     path = Path(out_dir, f"ckpt_{state['step']:06d}.pt")
     partial = path.with_suffix(".partial")
     try:
         partial.unlink(missing_ok=True)
-        with open(partial, "xb") as file:  # anew, so that a link there leads nowhere
+        with open(partial, "xb") as file:  # a new file: nothing goes through a link
             summed = Summed(file)
             torch.save(state, summed)
             file.write(TRAILER % summed.crc)
@@ -69,7 +69,7 @@ def save(out_dir, state, keep, keep_every=0):
     except (OSError, RuntimeError) as error:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
-        cause = error  # PyTorch raises a RuntimeError of its own after that of the file
+        cause = error  # PyTorch raises its own RuntimeError after the file's error
         while not isinstance(cause, OSError) and cause.__context__ is not None:
             cause = cause.__context__
         reason = getattr(cause, "strerror", None) or one_line(error, 200)
@@ -119,7 +119,7 @@ def check(path):
             crc, left = zlib.crc32(content, crc), left - len(content)
         trailer = file.read()
     if trailer[:6] != TRAILER[:6]:
-        raise Damaged(f"checkpoint {path} is damaged: it does not end as those of train.py do")
+        raise Damaged(f"checkpoint {path} is damaged: the checksum at its end is missing")
     if trailer != TRAILER % crc:
         raise Damaged(f"checkpoint {path} is damaged: its checksum is {(TRAILER % crc).decode().strip()}, it "
                       f"should be {trailer.decode(errors='replace').strip()}")
@@ -131,7 +131,7 @@ def named(error):
 
 
 def read(path):
-    """The state in a checkpoint, on the CPU, nothing executed. Damaged: not whole; UserError: unreadable."""
+    """The state in a checkpoint, on the CPU; executes nothing. Damaged: not whole; UserError: unreadable."""
     try:
         check(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -152,9 +152,9 @@ def read(path):
         raise
     except (OSError, MemoryError) as error:  # the file may be good: do not go on from an older one
         raise UserError(f"cannot read checkpoint {path}: {error or type(error).__name__}") from None
-    except pickle.UnpicklingError:  # PyTorch's message goes on with how to run it all the same
+    except pickle.UnpicklingError:  # PyTorch's message goes on to say how to run it anyway
         raise Damaged(f"checkpoint {path} is not loaded, since it holds code") from None
-    except Exception as error:  # PyTorch has its own
+    except Exception as error:  # PyTorch raises its own
         if "allocate memory" in str(error):  # a RuntimeError; the file is good
             raise UserError(f"cannot read checkpoint {path}: {named(error)}") from None
         raise Damaged(f"checkpoint {path} is damaged: {named(error)}") from None
@@ -162,9 +162,9 @@ def read(path):
 
 
 def newest(out_dir, *keys):
-    """The state of the newest whole checkpoint that has these keys, or None where there is none at all.
+    """The state of the newest whole checkpoint that has these keys, or None if there is no checkpoint.
 
-    Others are reported on stderr and passed over; UserError where all are.
+    Others are reported on stderr and skipped; UserError if none is left.
     """
     for path in reversed(paths(out_dir)):
         try:
@@ -193,7 +193,7 @@ def load_config(cls, state):
     try:
         return cls(**{field.name: saved[field.name] for field in fields(cls) if field.name in saved})
     except (TypeError, ArithmeticError, UserError) as error:  # such as a width that is text
-        raise Damaged(f"the checkpoint of step {state['step']} holds settings of no run: {named(error)}"
+        raise Damaged(f"the checkpoint of step {state['step']} holds invalid settings: {named(error)}"
                       ) from None
 
 
@@ -202,11 +202,11 @@ def load_model(source):
     state = source if isinstance(source, dict) else load(source)
     try:
         cfg = load_config(ModelConfig, state)
-        with torch.device("meta"):  # before memory is taken for it
+        with torch.device("meta"):  # before any memory is allocated
             shapes = {(name, p.shape) for name, p in Decoder(cfg).state_dict().items()}
         others = shapes ^ {(name, p.shape) for name, p in state["model"].items()}
         if others:
-            raise KeyError(f"{sorted(map(str, others))[0]} is not of its settings")
+            raise KeyError(f"{sorted(map(str, others))[0]} does not fit its settings")
         # A generator of its own, so that the caller's random numbers stay as they are.
         decoder = Decoder(cfg, torch.Generator())
         decoder.load_state_dict(state["model"])

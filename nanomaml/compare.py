@@ -15,20 +15,20 @@ DOUBTS = ("unknown text", "other start", "unfinished", "lengthened")
 
 
 def find_runs(place):
-    """The run folders that a place names: a run's folder, a folder with runs below it, or a glob of such."""
+    """The run folders that a place names: a run's folder, a folder with runs below it, or a glob of them."""
     places = sorted(glob.glob(place)) if glob.has_magic(place) else [place]
     found = []
     for folder in filter(Path.is_dir, map(Path, places)):
         is_run = (folder / "log.jsonl").exists()
         found += [folder] if is_run else sorted(path.parent for path in folder.rglob("log.jsonl"))
-    return list(map(str, dict.fromkeys(found))) or [place]  # what is no run is refused where it is read
+    return list(map(str, dict.fromkeys(found))) or [place]  # refused on reading if it is not a run
 
 
 def read(places):
-    """(groups of runs, their names). The one that is vanilla, if it is one alone, comes last.
+    """(groups of runs, their names). If exactly one group is vanilla, it comes last.
 
-    places: as typed. Folders with commas between are one group, and so is each of one or two run folders.
-    Otherwise runs that differ in their seed alone are a group, named by the settings in which it differs.
+    places: as typed. Folders joined by commas are one group, and so is each of one or two run folders.
+    Otherwise runs that differ only in their seed are a group, named by the settings in which it differs.
     """
     places = [",".join(os.path.normpath(place) for place in text.split(",") if place) for text in places]
     require(places and all(places), f"give the folders of runs, or groups of them with commas; got {places}")
@@ -39,7 +39,7 @@ def read(places):
         by_settings = {}
         for folder in dict.fromkeys(sum(found, [])):
             run = runs.read_run(folder)
-            if runs.is_measured(run):  # or it has just begun
+            if runs.is_measured(run):  # otherwise it has just begun
                 by_settings.setdefault(str(settings(run)), []).append(run)
         require(by_settings, f"no run with a validation loss in {', '.join(places)}")
         groups = [sorted(group, key=runs.by_seed) for group in by_settings.values()]
@@ -52,7 +52,7 @@ def read(places):
 
 
 def settings(run):
-    """Those that may change a number of a report, but for the seed."""
+    """The settings that may change a number of a report, except the seed."""
     return {key: f"{value:.15g}" if isinstance(value, float) else str(value)
             for key, value in run["config"].items() if key not in SILENT}
 
@@ -76,7 +76,7 @@ def is_finished(run):
 def caveats(groups):
     """{mark: sentence} of what makes a comparison of these runs wrong or doubtful.
 
-    The marks "other text" and "other instrument" forbid to compare losses, and figures of adaptation.
+    The mark "other text" rules out comparing losses and accuracies, "other instrument" adaptation.
     """
     everything, found = [run for group in groups for run in group], {}
 
@@ -101,15 +101,15 @@ def caveats(groups):
                                "or with different tokenizers: losses and accuracies cannot be compared.")
     elif any(map(text, everything)) and not all(map(text, everything)):
         names = named(lambda run: not text(run))
-        found["unknown text"] = f"No run.json says on which text it was measured: {names}."
+        found["unknown text"] = f"No run.json says on which text these runs were measured: {names}."
     if differ(ways_and_words) or differ(lambda run: [run["config"].get(key) for key in runs.INSTRUMENT]):
-        found["other instrument"] = ("Adaptation was measured by different episodes (settings, words or "
+        found["other instrument"] = ("Adaptation was measured on different episodes (settings, words or "
                                      "number of ways): it is not compared.")
     if len({run["config"].get("init_from") or "" for run in everything}) > 1:
         names = named(lambda run: run["config"].get("init_from"))
-        found["other start"] = f"Not all runs start from the same weights: {names} from those of another run."
+        found["other start"] = f"Not all runs start from the same weights: {names} from another run's."
     if names := named(lambda run: is_finished(run) is False):
-        found["unfinished"] = f"Not finished, so its learning rate has not decayed: {names}."
+        found["unfinished"] = f"Not finished, so the learning rate has not decayed: {names}."
     if names := named(lambda run: run["record"].get("lengths")):
         found["lengthened"] = f"Made longer or shorter while it ran, so with another schedule: {names}."
     return found
@@ -122,7 +122,7 @@ def mark(found, *kinds):
 
 
 def table(groups, names, sort=""):
-    """Rows, with a head, of all runs: what they are, how they ended. sort: a column's name."""
+    """Rows, the first a header, of all runs: what they are, how they ended. sort: a column's name."""
     differing = differing_settings([[run] for group in groups for run in group])
     rows = [["run", "group", "state", *differing[0], "seed", "loss", "accuracy at the mask",
              "before the word", "rank", "hours"]]
@@ -136,7 +136,7 @@ def table(groups, names, sort=""):
         rows.append([str(run["path"]), name, state, *(value for [value] in values.values()), str(run["seed"]),
                      *(f"{np.mean(x):.4g}" if x else "" for x in (*finals, resid, hours))])
     if sort:
-        require(sort in rows[0], f"sort = {sort!r} is none of the columns {', '.join(rows[0])}")
+        require(sort in rows[0], f"sort = {sort!r} is not one of the columns {', '.join(rows[0])}")
         column = rows[0].index(sort)
         try:
             rows[1:] = sorted(rows[1:], key=lambda row: float(row[column] or "inf"))

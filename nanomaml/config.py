@@ -32,7 +32,7 @@ Updates = Annotated[float, "a number of updates, or below 1 a share of max_steps
                     lambda x: 0 <= x < 1 or x.is_integer() and x >= 0]
 Share = Annotated[float, "in [0, 1]", lambda x: 0 <= x <= 1]
 
-NO_TEXT = {"idna", "punycode", "raw-unicode-escape", "unicode-escape"}  # codecs of other things
+NO_TEXT = {"idna", "punycode", "raw-unicode-escape", "unicode-escape"}  # codecs that are not for text
 CONTROLS = {i: f"\\x{i:02x}" for i in (*range(32), *range(127, 160)) if chr(i) not in "\t\n"}
 
 
@@ -70,7 +70,7 @@ def require(ok, message):
 
 
 def visible(text):
-    """`text` with control characters as \\x1b and the like: in foreign text they could rule the terminal."""
+    """`text` with control characters as \\x1b and the like: foreign text could control the terminal."""
     return str(text).translate(CONTROLS)
 
 
@@ -109,7 +109,7 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of the output went away
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor may Python's last flush fail
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush would fail
         if "--help" not in sys.argv:  # as `--help | head` does
             fail("standard output was closed", 1)
     except (OSError, MemoryError, RuntimeError) as error:
@@ -131,7 +131,7 @@ def fail(message, code):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Each value is of the type that its field declares, or UserError; subclasses check what ties fields."""
+    """Each value has its field's type, or UserError; subclasses check how fields fit together."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -139,7 +139,7 @@ class Settings:
 
 
 def load(cls, argv, doc=""):
-    """The settings that the config files and flags in `argv` make of the class `cls`.
+    """The settings, of class `cls`, that the config files and flags in `argv` give.
 
     Raises UserError for an unknown key, a wrong type, a flag given twice or a file that does not run.
     `--help` prints and exits. Under torchrun only the first rank of a node says what is wrong.
@@ -207,7 +207,7 @@ def run_settings(folder):
         with open(f"{folder}/config.json", encoding="utf-8") as file:
             return json.load(file) | {"out_dir": folder}
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{folder}/config.json is not that of a run: {one_line(error, 200)}") from None
+        raise UserError(f"{folder}/config.json is not a run's: {one_line(error, 200)}") from None
 
 
 def joined(cls, argv):
@@ -216,7 +216,7 @@ def joined(cls, argv):
     for arg in argv:
         key = result[-1].removeprefix("--") if result and re.fullmatch(r"--[\w-]+", result[-1]) else "help"
         is_value = arg.lower() in ("true", "false", "none") if types_of.get(key) in (bool, bool | None) else (
-            key in types_of or key != "help" and not os.path.exists(arg))  # of a misspelt key: no path
+            key in types_of or key != "help" and not os.path.exists(arg))  # after a misspelt key: not a path
         if is_value and not arg.startswith("--"):
             result[-1] += f"={arg}"
         else:
@@ -247,7 +247,7 @@ def shown(value):
 def convert(key, value, declared, is_text=False):
     """`value` as the type that the field declares; `is_text`: it comes from a flag and is a string."""
     kind, given = declared, value
-    if isinstance(declared, types.UnionType):  # only | None is known
+    if isinstance(declared, types.UnionType):  # only `| None` is supported
         kind = typing.get_args(declared)[0]
         if value is None or is_text and value == "None":
             return None

@@ -1,4 +1,4 @@
-"""What a run says on the console: its setup, a line for each log and evaluation, its last words."""
+"""What a run prints on the console: its setup, a line for each log and evaluation, its results."""
 import math
 import os
 import sys
@@ -16,7 +16,7 @@ class Lasting(config.Visible):
     """A text stream whose failure, as of `| head`, is reported once, on stderr, then ignored."""
 
     def write(self, text):
-        self.attempt(self.stream.write, text)  # as it is: progress bars of others have control characters
+        self.attempt(self.stream.write, text)  # unchanged: libraries' progress bars have control characters
         return len(text)
 
     def flush(self):
@@ -34,7 +34,7 @@ class Lasting(config.Visible):
 
 @contextmanager
 def lasting_console():
-    """While it lasts, output that nobody takes ends nothing."""
+    """While the context lasts, closed output streams do not end the process."""
     with redirect_stdout(Lasting(sys.stdout)) as out, redirect_stderr(Lasting(sys.stderr)):
         yield
         out.flush()
@@ -48,7 +48,7 @@ def clock(seconds):
 
 
 def print_setup(cfg, schedule, corpus, validation, learner, adaptation, progress, update_seconds):
-    """What the run is about to do. progress: where it stands, with `resumed_at` of a resumed run.
+    """What the run is about to do. progress: where it stands, with `resumed_at` if it was resumed.
 
     update_seconds: what an update would take at the machine's peak.
     """
@@ -74,7 +74,7 @@ def print_setup(cfg, schedule, corpus, validation, learner, adaptation, progress
         print(f"start     from the model of {cfg.init_from}")
     if cfg.warmup_steps >= cfg.max_steps > 0:
         print(f"note      max_steps = {cfg.max_steps} ends within warmup_steps = {cfg.warmup_steps}: "
-              "a share, as --warmup_steps=0.1, fits every length")
+              "a share such as --warmup_steps=0.1 fits every length")
     if left := cfg.max_steps - progress.step:
         one = update_seconds / EXPECTED_MFU
         print(f"time      about {f'{one:.2g} s' if one < 60 else clock(one)} an update, {clock(left * one)} "
@@ -101,7 +101,7 @@ def training_line(progress, line, last):
 
 
 def evaluation_line(step, metrics, probe, last):
-    """An evaluation for the console, and the last probe: {} before the first, else with its "step".
+    """An evaluation for the console, and the last probe: {} before the first, otherwise with its "step".
 
     Losses of domains follow in lines of their own. last: max_steps.
     """
@@ -124,7 +124,7 @@ def evaluation_line(step, metrics, probe, last):
 
 
 def print_results(cfg, corpus, learner, tokenizer, eval_batches, metrics):
-    """The last lines of a finished run; `metrics`: those of its last evaluation, {} where there was none.
+    """The last lines of a finished run; `metrics`: from its last evaluation, {} if there was none.
 
     The sample goes on from the first tokens of `eval_batches`.
     """
@@ -143,6 +143,6 @@ def print_results(cfg, corpus, learner, tokenizer, eval_batches, metrics):
         device = learner.decoder.lm_head.weight.device
         prompt = next(iter(eval_batches.values())).ids[:1, :8].to(device)
         generator = torch.Generator(device).manual_seed(cfg.seed)
-        with learner.decoder.eager():  # each length would be compiled anew
+        with learner.decoder.eager():  # each length would be compiled separately
             ids = learner.decoder.generate(prompt, 40, 0.8, top_k=50, generator=generator)[0].tolist()
         print(f"sample    {tokenizer.decode([i for i in ids if i < tokenizer.n_vocab])!r}")

@@ -8,17 +8,17 @@ from nanomaml.config import one_line
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8c8c8c")  # of the
 # groups: Okabe & Ito's, which colour-blind readers tell apart
-DASHES = {"-": "first layer", "--": "middle layer", ":": "last layer"}  # where colours are those of groups
+DASHES = {"-": "first layer", "--": "middle layer", ":": "last layer"}  # where colours show groups
 MOST = 12  # panels
 
 
 def styled(names):
-    """[(what belongs to a group or a name, its colour), ...]"""
+    """[(name or group, its colour), ...]"""
     return [(name, COLORS[i % len(COLORS)]) for i, name in enumerate(names)]
 
 
 def plain(name):
-    """A name as text of a figure: one line, and a $ begins no formula."""
+    """A name as text of a figure: one line, in which $ does not begin a formula."""
     return one_line(name, 60).replace("$", r"\$")
 
 
@@ -35,7 +35,7 @@ def legend(ax, styles):
 
 
 def y_limits(curves):
-    """Limits for curves (steps, values) without the first tenth of a run: the fall from the random start."""
+    """Limits for curves (steps, values) that ignore a run's first tenth, the fall from the random start."""
     shown = np.concatenate([values[steps >= 0.1 * steps[-1]] for steps, values in curves])
     margin = 0.05 * np.ptp(shown) or 0.5
     return shown.min() - margin, shown.max() + margin
@@ -65,7 +65,7 @@ def layers_panel(ax, kind, curves, names):
     shown = []
     for of_group, color in styled(curves):
         layers = list(of_group.get(kind, {}).values())
-        places = {len(layers) - 1: ":", (len(layers) - 1) // 2: "--", 0: "-"}  # of one layer or two: not all
+        places = {len(layers) - 1: ":", (len(layers) - 1) // 2: "--", 0: "-"}  # the same with few layers
         for place, dash in places.items() if layers else []:
             shown.append(runs.mean_curve(layers[place]))
             ax.plot(*shown[-1], dash, color=color)
@@ -85,7 +85,7 @@ def figure(groups, names):
                and not {"other text", "other instrument"} & found.keys()]
     curves = [runs.layer_curves(group) for group in groups]
     kinds = dict.fromkeys(kind for of_group in curves for kind in of_group)
-    kinds = sorted(kinds, key=lambda kind: kind in list(runs.LABELS)[2:])  # a fork's before the weights
+    kinds = sorted(kinds, key=lambda kind: kind in list(runs.LABELS)[2:])  # a fork's come before the weights
     panels += [partial(layers_panel, kind=kind, curves=curves, names=names) for kind in kinds]
     return draw([("", panels[:MOST])], size=(2.6, 2.2), font=7)
 

@@ -8,11 +8,11 @@ from nanomaml.config import UserError, require
 
 
 def replace(path, content):
-    """Writes a file anew, from bytes or text: a crash or a full disk (UserError) leaves the old one whole."""
+    """Replaces a file by bytes or text: a crash or a full disk (UserError) leaves the old one whole."""
     partial = Path(f"{path}.partial")
     try:
         partial.unlink(missing_ok=True)
-        with open(partial, "xb") as file:  # anew, so that a link there leads nowhere
+        with open(partial, "xb") as file:  # a new file: nothing goes through a link
             file.write(content if isinstance(content, bytes) else content.encode())
             file.flush()
             os.fsync(file.fileno())
@@ -29,7 +29,7 @@ def finite(line):
 
 
 def parse(text):
-    """The object in a line of a .jsonl file (bytes), None where it holds none."""
+    """The object in a line of a .jsonl file (bytes), or None if there is none."""
     try:
         line = json.loads(text)
     except (ValueError, RecursionError):
@@ -42,7 +42,7 @@ def require_no_link(path):
 
 
 def append(path, line):
-    """Appends the dict `line` as JSON, in place of a last line that a kill tore; UserError if it fails."""
+    """Appends the dict `line` as JSON, replacing a last line that a kill cut short; UserError if it fails."""
     require_no_link(path)
     try:
         with open(path, "a+b") as file:
@@ -53,7 +53,7 @@ def append(path, line):
                 torn = file.read().rpartition(b"\n")[2]
                 if parse(torn) is None:
                     file.truncate(end - len(torn))
-                else:  # whole but for its end
+                else:  # whole, only its newline is missing
                     file.write(b"\n")
             file.write(json.dumps(finite(line)).encode() + b"\n")
     except OSError as error:

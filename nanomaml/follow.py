@@ -1,7 +1,7 @@
 """A run's logs, read while they are written: bounded series of points, and where the run stands.
 
     followed = Followed(Path("out/demo"), 0)
-    followed.update(1)                              # reads new bytes alone
+    followed.update(1)                              # reads only new bytes
     followed.since(0)["curves"]["val/loss"]         # {"items": [(step, tokens, flops, seconds, loss), ...]}
 """
 import functools
@@ -12,7 +12,7 @@ from nanomaml import files, phases, runs
 
 MOST, FRAMES = 2000, 400  # points of a curve, and of a heatmap
 CHUNK = 2**20  # bytes that are read at once: a page opens before a log of a million lines is read
-TITLES = {"val/loss": "validation loss", "train/loss": "training loss, text alone", **runs.LABELS} | {
+TITLES = {"val/loss": "validation loss", "train/loss": "training loss, episodes excluded", **runs.LABELS} | {
     f"adapt/{at}_{kind}query_acc": f"accuracy on {words}, {where}"
     for kind, words in runs.WORDS.items() for at, (where, _) in reversed(runs.READ_OUTS.items())}
 
@@ -46,7 +46,7 @@ def extremes(items):
 
 @functools.cache
 def place_of(key):
-    """(the curve of a metric, "" without; the layer, where it is the entropy of one of its heads)."""
+    """(the curve of a metric, "" without; the layer, if it is the entropy of one of its heads)."""
     layer = runs.LAYER.fullmatch(key)
     if key in runs.AXES or key.startswith("entropy_nats/"):  # which is `entropy` in other units
         return "", ""
@@ -64,7 +64,7 @@ class Followed:
         self.last, self.pace = {}, []  # newest value of each metric; (step, seconds) of log lines
 
     def update(self, version):
-        """Reads what is new, and all where a log was replaced or cut, as by a resume. Whether all is read."""
+        """Reads what is new, or all if a resume replaced or cut a log. Returns whether all is read."""
         is_all = True
         for path in filter(self.is_own, ("log.jsonl", "probes.jsonl")):
             path = self.folder / path
@@ -77,7 +77,7 @@ class Followed:
                 file.seek(place)
                 text = file.read(CHUNK)
             whole, newline, _ = text.rpartition(b"\n")
-            if not newline and len(text) == CHUNK:  # no line is so long: it is passed over
+            if not newline and len(text) == CHUNK:  # no valid line is so long: it is skipped
                 whole = text
             self.read_to[path] = inode, place + len(whole + newline)
             is_all &= self.read_to[path][1] + CHUNK > stat.st_size
@@ -87,12 +87,12 @@ class Followed:
         return is_all
 
     def is_own(self, name):
-        """Is it a plain file of this folder, and no link to elsewhere?"""
+        """Is it a plain file of this folder, and not a link to elsewhere?"""
         path = self.folder / name
         return path.is_file() and path.resolve().parent == self.folder.resolve()
 
     def add(self, line, version):
-        """Adds a line's metrics to their curves, of heads each layer's mean, and a frame of all heads."""
+        """Adds a line's metrics to their curves (of heads, each layer's mean), and a frame of all heads."""
         line = {key: value for key, value in line.items() if type(value) in (int, float)}
         at, values, heads = tuple(map(line.get, runs.AXES)), {}, {}
         for key, value in line.items():

@@ -10,7 +10,7 @@ NAMES = ("log.jsonl", "probes.jsonl")
 
 
 class RunLog:
-    """Writes the lines of a run to its .jsonl files and to wandb, on the first rank alone.
+    """Writes the lines of a run to its .jsonl files and to wandb, only on the first rank.
 
     A line that cannot be written waits in progress.unlogged, which a checkpoint holds; `failure` says why.
     """

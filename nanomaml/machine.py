@@ -18,7 +18,7 @@ PEAK_FLOPS = {  # dense bfloat16 FLOP/s by data sheet
 
 
 def pick_device(name, dtype):
-    """(torch.device, torch.dtype) of the settings, for each rank its GPU. UserError where it is not there."""
+    """(torch.device, torch.dtype) of the settings; each rank takes its GPU. UserError if it is not there."""
     is_alone = rank_and_world()[1] == 1
     if name == "auto":  # gloo, the only backend for several ranks on a Mac, does not know MPS
         has_mps = torch.backends.mps.is_available() and is_alone
@@ -64,7 +64,7 @@ def describe(device, dtype):
 
 
 def peak_flops(device, dtype):
-    """FLOP/s that MFU is measured against: the GPU's data sheet, else what a large matrix product reaches."""
+    """FLOP/s that MFU is measured against: the GPU's data sheet or, elsewhere, a large matrix product."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         for name, peak in PEAK_FLOPS.items():
             if name in torch.cuda.get_device_name(device):

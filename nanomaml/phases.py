@@ -12,9 +12,9 @@ RISE_AND_FALL = "diversify-then-compress"
 
 
 def despiked_and_smoothed(t, y):
-    """(y without single outliers and smoothed, the range that white noise alone would have in it).
+    """(y without single outliers and smoothed, the range that pure white noise would have in it).
 
-    Estimated from how far points lie from the line between their neighbours, and at least 1% of the median.
+    Estimated from how far points lie from the line between their neighbours; at least 1% of the median.
     """
     weight = (t[1:-1] - t[:-2]) / (t[2:] - t[:-2])  # of the right neighbour: steps may be unevenly spaced
     deviations = y[1:-1] - (1 - weight) * y[:-2] - weight * y[2:]
@@ -55,7 +55,7 @@ def phase(steps, values):
     than 8 points". The rise goes from step `start` to step `peak`. The fall comes after it; 90% of it
     has happened at step `settled`. `before` is a fall before the start, as from a random initialisation.
     `rise`, `fall` and `before` are fractions of the level that they start from. Of several rises the largest
-    that is followed by a fall counts, or else the largest. Single outliers and changes within the noise do
+    that a fall follows counts or, if none, the largest. Single outliers and changes within the noise do
     not count.
     """
     t, y = np.asarray(steps, float), np.asarray(values, float)

@@ -1,4 +1,4 @@
-"""The ranks of a distributed run: who they are, that they agree, that one process alone writes a folder."""
+"""The ranks of a distributed run: who they are, that they agree, that only one process writes a folder."""
 import errno
 import gc
 import os
@@ -22,9 +22,9 @@ TIMEOUT = timedelta(minutes=10)  # of a collective, for a rank that hangs or who
 
 
 def rank_and_world():
-    """(number of this process, number of processes), as torchrun says them; (0, 1) without it.
+    """(number of this process, number of processes), as torchrun sets them; (0, 1) without it.
 
-    RANK alone is a common variable elsewhere, and means nothing. UserError where they make no sense.
+    RANK by itself is a common variable elsewhere, and is ignored. UserError if they make no sense.
     """
     given = {name: os.environ[name] for name in LAUNCHER if name in os.environ}
     if given.get("WORLD_SIZE", "1") == "1":
@@ -43,16 +43,16 @@ def local_rank():
 
 
 def print0(text):
-    """Prints on the first rank alone."""
+    """Prints on the first rank only."""
     if rank_and_world()[0] == 0:
         print(text, flush=True)
 
 
 @contextmanager
 def connected(device):
-    """Connects the processes that torchrun started, while the context lasts; nothing to do for one alone.
+    """Connects the processes that torchrun started, while the context lasts; a single one needs nothing.
 
-    Where a rank fails or dies, the others end in their next collective, at the latest after TIMEOUT; torchrun
+    If a rank fails or dies, the others end in their next collective, at the latest after TIMEOUT; torchrun
     names the first. What uses the group (DistributedDataParallel) must be gone when the context ends.
     """
     rank, world = rank_and_world()
@@ -69,7 +69,7 @@ def connected(device):
         yield
     except BaseException as error:
         if is_mistake := isinstance(error, UserError):
-            time.sleep(2 * (rank > 0))  # what fails on all ranks is said by the first; torchrun ends the rest
+            time.sleep(2 * (rank > 0))  # the first reports what fails on all ranks; torchrun ends the rest
         is_lost = isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and re.search(
             "gloo|nccl|connection (closed|reset)", str(error), re.IGNORECASE)
         reason = one_line(error if is_mistake else f"{type(error).__name__}: {error}", 300)
@@ -81,9 +81,9 @@ def connected(device):
                 traceback.print_exception(error)
             print(f"error: rank {rank}: {reason}", file=sys.stderr, flush=True)
         os._exit(error.code if is_mistake else 1)  # threads of the group may wait for a dead rank
-    # Gloo's threads need the GIL to drop their last tensors. It is let go of here, while they are joined. As
-    # long as DDP was the last to hold the group, it was not: a run hung at its end, or was aborted. Where DDP
-    # is part of a cycle, only a collection frees it.
+    # Gloo's threads need the GIL to drop their last tensors. destroy_process_group releases it while it joins
+    # them. As long as DDP was the last to hold the group, nothing did: a run hung at its end, or was aborted.
+    # If DDP is part of a cycle, only a garbage collection frees it.
     gc.collect()
     dist.destroy_process_group()
 
@@ -102,7 +102,7 @@ def require_same(facts):
 
 
 def on_first(call):
-    """Calls it on rank 0 alone; its UserError is raised on all ranks."""
+    """Calls it only on rank 0; its UserError is raised on all ranks."""
     error = [None, 0]
     if rank_and_world()[0] == 0:
         try:
@@ -128,8 +128,8 @@ def any_rank(flag):
 def only_writer(path, what, wait=False):
     """Keeps other processes from writing `what` while the context lasts, by a lock on the file `path`.
 
-    The kernel lets go of it when the process dies, however it does. Where another process holds it, raises a
-    UserError that names it, or, with `wait`, says so and waits.
+    The kernel releases it when the process dies, however it dies. If another process holds it, raises a
+    UserError that names the process or, with `wait`, says so and waits.
     """
     lock, holder = FileLock(path), Path(f"{path}.holder")
     for file in (Path(path), holder):
@@ -139,10 +139,10 @@ def only_writer(path, what, wait=False):
         lock.acquire(timeout=0)
     except Timeout:
         name = "another process"
-        with suppress(OSError):  # it may be letting go just now
+        with suppress(OSError):  # it may be releasing it just now
             name = holder.read_text()
-        require(wait, f"{what} is being written by {name}: wait for it, stop it or write elsewhere; if there "
-                      f"is no such process any more, remove {path}")
+        require(wait, f"{what} is being written by {name}: wait for it, stop it or write elsewhere; if that "
+                      f"process no longer exists, remove {path}")
         print(f"waiting for {name}, which writes {what}", file=sys.stderr, flush=True)
         lock.acquire()
     except OSError as error:

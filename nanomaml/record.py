@@ -1,4 +1,4 @@
-"""What run.json says of a run beside its settings: state, command, code, versions, machine and data."""
+"""What run.json says of a run besides its settings: state, command, code, versions, machine and data."""
 import platform
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from nanomaml.ranks import rank_and_world
 
 
 def commit():
-    """{"commit", "dirty": whether files that git knows differ from it} of this code; {} without git."""
+    """{"commit", "dirty": whether files that git tracks differ from it} of this code; {} without git."""
     def git(*args):
         done = subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, check=True)
         return done.stdout.decode().strip()
@@ -24,7 +24,7 @@ def commit():
 
 
 def facts(learner, device, dtype, digests, validation):
-    """Of a run that begins: a dict for JSON. digests: `resume.data_digests`; validation: {domain: Corpus}."""
+    """Facts of a starting run, for JSON. digests: `resume.data_digests`; validation: {domain: Corpus}."""
     return {
         "command": sys.argv, "started": now(), **commit(), "python": platform.python_version(),
         "torch": torch.__version__, "platform": platform.platform(), "device": str(device),

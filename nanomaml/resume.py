@@ -3,7 +3,7 @@
     progress, cfg = open_run(cfg, digests, learner, optimizers, device, lock)
     checkpoint.save(out_dir, state_of(cfg, digests, learner, optimizers, progress), keep=2)
 
-Knows `ModelConfig` of model.py.
+Imports `ModelConfig` of model.py.
 """
 import hashlib
 import json
@@ -22,16 +22,16 @@ from nanomaml import bins, checkpoint, files, logs, ranks
 from nanomaml.config import one_line, require
 from nanomaml.tokenizer import read_spec
 
-VERSION = 3  # of what a checkpoint holds beside the model; a run of another one is evaluated, not resumed
+VERSION = 3  # of what a checkpoint holds besides the model; another version is evaluated, not resumed
 # These may differ from the checkpoint's on a resume: they do not change what is computed, or (device,
-# dtype and compile) only how it rounds; init_from acts on a new run alone, max_steps on what is yet to come.
+# dtype and compile) only how it rounds; init_from acts only on a new run, max_steps on what is yet to come.
 MAY_CHANGE = {
     "out_dir", "data", "init_from", "max_steps", "log_every", "eval_every", "eval_sequences", "eval_episodes",
     "probe_every", "checkpoint_every", "keep", "keep_every", "report", "wandb",
     "wandb_project", "device", "dtype", "compile",
 }
 INTERVAL = ("steps", "seconds", "waited", "tokens", "flops")
-# What a run writes beside checkpoints: a folder that holds one of these must be a run's.
+# What a run writes besides checkpoints: a folder that holds one of these must be a run's.
 WRITTEN = ("config.json", "run.json", "tokenizer.json", "report.md", "report.png", "ner.jsonl", *logs.NAMES)
 
 
@@ -45,7 +45,7 @@ class Progress:
     seconds: float = 0.0  # of training; evaluation, probes and checkpoints do not count
     run_id: str = field(default_factory=lambda: os.urandom(4).hex())  # of wandb
     stuck_logs: int = 0  # log lines in a row whose query loss is at ln N
-    # Since the last log line: steps, seconds of training and of these waiting for data on this rank;
+    # Since the last log line: steps, seconds of training and, within them, of waiting for data on this rank;
     # tokens of all kinds and FLOPs over all ranks; and this rank's micro-steps of each kind.
     interval: dict = field(default_factory=lambda: dict.fromkeys(INTERVAL, 0))
     micro_steps: dict = field(default_factory=dict)
@@ -67,7 +67,7 @@ class Progress:
             self.step % interval == 0 or self.step == last)
 
     def count(self, kind, tokens, lm_tokens, flops):
-        """Counts a micro-step: its tokens, and those of them that a next-token loss read."""
+        """Counts a micro-step: its tokens, and how many of them a next-token loss read."""
         self.tokens += lm_tokens
         self.flops += flops
         self.interval["tokens"] += tokens
@@ -88,7 +88,7 @@ class Progress:
         self.interval["seconds"] += seconds
 
     def interval_metrics(self, peak_flops):
-        """Means and rates since the last log line, for log.jsonl. peak_flops: what MFU is a share of."""
+        """Means and rates since the last log line, for log.jsonl. peak_flops: what MFU is relative to."""
         interval, sums = self.interval, {name: total.tolist() for name, total in self.sums.items()}
         return {
             **{name: total / count for name, (total, count) in sums.items() if count},
@@ -115,7 +115,7 @@ def what_ranks_share(cfg):
     """{what: value} that must be the same on all ranks: settings, code and PyTorch.
 
     Paths and the device may differ, since nodes may see one folder under several names. Code is every source
-    file that is imported by now, but for Python's own and installed packages.
+    file that is imported by now, except Python's own and installed packages.
     """
     own, code = {"out_dir", "data", "init_from", "wandb", "wandb_project", "device"}, hashlib.sha256()
     foreign = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
@@ -136,27 +136,27 @@ def optimizer_options(optimizer):
 
 
 def initial_weights(cfg):
-    """The decoder's weights in init_from, of the same shape and tokenizer; None without, or on a resume."""
+    """The decoder's weights in init_from, of the same shape and tokenizer; None if empty, or on a resume."""
     if not cfg.init_from or checkpoint.paths(cfg.out_dir):
         return None
     state, source = checkpoint.load(cfg.init_from), Path(cfg.init_from)
     folder = source if source.is_dir() else source.parent
-    require((folder / "tokenizer.json").exists(), f"init_from = {source}: no tokenizer.json beside it tells "
+    require((folder / "tokenizer.json").exists(), f"init_from = {source}: no tokenizer.json beside it says "
             "which tokenizer it has; give the checkpoint in its run's folder")
     theirs, ours = read_spec(folder), read_spec(cfg.data)
     require(theirs.get("tokenizer", theirs) == ours.get("tokenizer", ours),
             f"init_from = {source} has the tokenizer {theirs['name']}, {cfg.data} has another "
-            f"({ours['name']}): prepare them with --tokenizer={quote(str(folder))}")
+            f"({ours['name']}): prepare the data with --tokenizer={quote(str(folder))}")
     saved = asdict(checkpoint.load_config(ModelConfig, state))
     differences = [f"{key} = {value} there, {getattr(cfg, key)} here" for key, value in saved.items()
                    if value != getattr(cfg, key) and key != "context"]
-    require(not differences, f"init_from = {source} holds another model ({'; '.join(differences)}): take its "
+    require(not differences, f"init_from = {source} holds another model ({'; '.join(differences)}): use its "
                              "values")
     return state["model"]
 
 
 def state_of(cfg, digests, learner, optimizers, progress):
-    """What a checkpoint holds: "model" as transformers loads it, and all else that a resume needs."""
+    """What a checkpoint holds: "model" as transformers loads it, and everything else that a resume needs."""
     state = learner.state_dict()
     return {
         "model": learner.decoder.state_dict(),
@@ -169,20 +169,20 @@ def state_of(cfg, digests, learner, optimizers, progress):
 
 
 def restore(cfg, digests, learner, optimizers):
-    """(Progress, settings) of the newest good checkpoint, None, None without; refuses any other run."""
+    """(Progress, settings) of the newest good checkpoint, (None, None) without; refuses another run."""
     state = checkpoint.newest(cfg.out_dir, "optimizers")
     if state is None:
         for path in (Path(cfg.out_dir, name) for name in logs.NAMES):
             steps = [line["step"] for line in files.read_jsonl(path, "step", skip_damaged=True)]
             last = max(steps, default=0)
             require(last <= 0, f"{path} holds a run up to step {last} whose checkpoints are gone: put one "
-                               "back, take another --out_dir, or remove the file to start again")
+                               "back, give another --out_dir, or remove the file to start again")
         return None, None
 
     def refuse_if(is_so, what):
-        require(not is_so, f"{cfg.out_dir} holds {what}. Another --out_dir starts anew, and with "
-                           f"--init_from={quote(cfg.out_dir)} from its weights; train.py "
-                           f"{quote(cfg.out_dir)} resumes it with its own settings")
+        require(not is_so, f"{cfg.out_dir} holds {what}. Another --out_dir starts a new run, with "
+                           f"--init_from={quote(cfg.out_dir)} from these weights; train.py "
+                           f"{quote(cfg.out_dir)} resumes this one with its own settings")
 
     refuse_if("imported_from" in state["config"], "an imported model and not a run")
     refuse_if(state.get("version") != VERSION, "a run of another version of this code")
@@ -212,7 +212,7 @@ def restore(cfg, digests, learner, optimizers):
 
 
 def check_moments(optimizer):
-    """ValueError where moments do not fit their parameters, or only some have them: PyTorch does not look."""
+    """ValueError if moments do not fit their parameters, or only some have them: PyTorch does not check."""
     moments = {"exp_avg", "exp_avg_sq", "momentum_buffer"}
     fits = [of_p[name].shape == p.shape for p, of_p in optimizer.state.items() for name in moments & {*of_p}]
     fits += [float(of_p["step"]) >= 0 for of_p in optimizer.state.values() if "step" in of_p]
@@ -221,7 +221,7 @@ def check_moments(optimizer):
 
 
 def check_progress(progress):
-    """TypeError or ValueError where a saved field is not what a run writes: lines go to the logs alone."""
+    """TypeError or ValueError if a saved field is not what a run writes: lines may only go to the logs."""
     for name, blank in vars(Progress()).items():
         if type(getattr(progress, name)) is not type(blank):
             raise TypeError(f"{name} is of type {type(getattr(progress, name)).__name__}")
@@ -236,11 +236,11 @@ def check_progress(progress):
             and progress.skipped.isfinite().all()
             and all(file in logs.NAMES and type(line["step"]) is int and {*map(type, line)} == {str}
                     for file, line in progress.unlogged)):
-        raise ValueError("its counters or unwritten lines are not those of a run")
+        raise ValueError("its counters or unwritten lines are not what a run saves")
 
 
 def require_own_folder(out_dir, data):
-    """Refuses a folder that holds files of the names that a run writes, and is no run."""
+    """Refuses a folder that holds files with names that a run writes, but is not a run."""
     folder = Path(out_dir)
     require(folder.resolve() != Path(data).resolve(), f"out_dir = {out_dir} is the data's folder: change one")
     try:
@@ -249,14 +249,14 @@ def require_own_folder(out_dir, data):
         is_run = False
     foreign = [name for name in WRITTEN if (folder / name).exists()]
     require(not foreign or is_run or checkpoint.paths(folder), f"out_dir = {out_dir} holds "
-            f"{', '.join(foreign)} and is no run of train.py: name another folder, nothing is overwritten")
+            f"{', '.join(foreign)} but is not a run of train.py: name another folder, nothing is overwritten")
 
 
 def open_run(cfg, digests, learner, optimizers, device, lock):
     """(Progress, settings) of the run in out_dir, resumed or new, with its folder ready to be written to.
 
-    The settings are `cfg`, but keep the init_from that a resumed run once started from. lock: an ExitStack in
-    which rank 0 holds out_dir/lock. UserError where another process holds it, ranks see different folders, or
+    The settings are `cfg`, but a resumed run keeps the init_from that it started from. lock: an ExitStack in
+    which rank 0 holds out_dir/lock. UserError if another process holds it, ranks see different folders, or
     the run there is another one.
     """
     writer = ranks.only_writer(Path(cfg.out_dir, "lock"), f"out_dir = {cfg.out_dir}")

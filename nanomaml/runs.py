@@ -22,7 +22,7 @@ LAYER = re.compile(r"(?!entropy_nats/)(.+?)/(\d\d+)(/\d+)?")  # <what>/<layer>[/
 # the position before it; only episodes train the mask.
 READ_OUTS = {"context": ("before the word", "-"), "mask": ("at the mask", "--")}
 WORDS = {"": "held-out text", "new_": "held-out words"}
-# Runs that agree in all of this were measured by the same episodes.
+# Runs that agree in all of this were measured on the same episodes.
 INSTRUMENT = ("eval_episodes", "eval_ways", "eval_shots", "eval_queries", "eval_window", "inner_steps",
               "inner_lr", "word_targets", "max_word_share")
 # Two NER results that agree in all of this can be compared.
@@ -41,7 +41,7 @@ def read_run(folder):
         require(not wrong, f"{folder / name}: expected numbers, got {one_line(wrong[:1], 100)}")
     settings, record = (parse(path.read_bytes()) or {} if path.exists() else {}
                         for path in (folder / "config.json", folder / "run.json"))
-    for key in ("seed", "max_steps"):  # it may be of another program
+    for key in ("seed", "max_steps"):  # another program may have written it
         if type(settings.get(key)) is not int:
             settings.pop(key, None)
     return {"path": folder, "seed": settings.get("seed"), "config": settings, "record": record, "log": log,
@@ -50,7 +50,7 @@ def read_run(folder):
 
 
 def read_groups(groups):
-    """The runs of [[folder, ...], ...], those of a group in the order of their seeds."""
+    """The runs of [[folder, ...], ...], in each group in the order of their seeds."""
     paths = [Path(folder).resolve() for folders in groups for folder in folders]
     require(len(set(paths)) == len(paths), f"a run is named twice: {', '.join(map(str, paths))}")
     found = [sorted(map(read_run, folders), key=by_seed) for folders in groups]
@@ -78,7 +78,7 @@ def group_names(groups):
 
 
 def in_pairs(groups):
-    """Whether there are two groups, of runs of the same seeds. (`read_groups` has sorted them.)"""
+    """Whether there are two groups, whose runs have the same seeds. (`read_groups` has sorted them.)"""
     seeds = [[run["seed"] for run in runs] for runs in groups]
     return len(groups) == 2 and seeds[0] == seeds[1] and len({*seeds[0]} - {None}) == len(seeds[0])
 
@@ -96,7 +96,7 @@ def last_values(groups, key):
 
 
 def shared_axes(groups):
-    """The axes that the validation losses of all runs have. A run of episodes alone has no LM tokens."""
+    """The axes that the validation losses of all runs have. A run with only episodes has no LM tokens."""
     curves = [curve(run, "val/loss") for runs in groups for run in runs]
     return [axis for axis in AXES if all(axis in c and c[axis].any() for c in curves)]
 
@@ -151,7 +151,7 @@ def ner_scores(groups):
     """{values of NER_KEY: {treebank: [[F1 in percent of each run that was scored] for each group]}}
 
     A run's F1 is the mean over fine-tuning seeds: these are not independent trials of the pretraining. Only a
-    run's newest checkpoint counts, and of a result that was written twice the later one.
+    run's newest checkpoint counts and, if a result was written twice, the later one.
     """
     scores = defaultdict(lambda: defaultdict(lambda: [[] for _ in groups]))
     for i, run in ((i, run) for i, group in enumerate(groups) for run in group):

@@ -1,10 +1,10 @@
-"""Reads what people have as documents: text files, JSON lines, Parquet, Hugging Face datasets.
+"""Reads documents from text files, JSON lines, Parquet and Hugging Face datasets.
 
     for document in sources.read_documents("corpus/", "text"):         # a file, a folder or a dataset
         print(document[:60])
 
 A document is a str or, where a row holds token ids, an array of them. Every reader is a generator that holds
-one document at a time, of columns 100. What cannot be read raises a UserError that names the place.
+one document at a time (of Parquet, 100 rows). What cannot be read raises a UserError that names the place.
 """
 import ast
 import codecs
@@ -29,7 +29,7 @@ from nanomaml.tokenizer import SPECIAL
 
 
 def package(name):
-    """A module that not every installation has, else None."""
+    """A module that not every installation has, or None."""
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -39,22 +39,22 @@ def package(name):
 zstd = package("compression.zstd") or package("backports.zstd")  # the first from Python 3.14 on
 SUFFIX = re.compile(r"\.(?:(txt|md|jsonl?)(?:\.(?:gz|zst))?|parquet)$", re.IGNORECASE)
 READ = ".txt, .md, .json, .jsonl (each also .gz or .zst) and .parquet"
-# Files that lie beside rows and are none: of the library datasets, and the card of a clone from the hub.
+# Files beside rows that hold none: metadata of the library datasets, and the card of a clone from the hub.
 METADATA = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"}
 CARD = {"README.md", "config.json"}
-UNREADABLE = (OSError, EOFError, zlib.error, *([zstd.ZstdError] if zstd else []))  # no right to, or damaged
+UNREADABLE = (OSError, EOFError, zlib.error, *([zstd.ZstdError] if zstd else []))  # no permission, or damaged
 MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
          codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # UTF-32's begins with UTF-16's
 # Text is encoded in pieces of at most so many characters: at a million blanks the regex engine gives up. They
-# are cut before a space, where no tokenizer's token goes on, so the tokens are those of the whole text; where
-# there is none, before a letter, which keeps marks with theirs.
+# end before a space, which no token crosses, so their tokens are the whole text's; without a space they end
+# before a letter, so that marks stay with theirs.
 LONGEST = 2**16
 PIECES = re.compile(r".{1,N}(?:\Z|(?<=\S)(?= ))|.{1,N}(?=\w)|.{1,N}".replace("N", str(LONGEST)), re.DOTALL)
 LONGEST_LINE = 2**27  # characters of a .jsonl line; a longer one is cut, and then is not JSON
 
 
 def split_list(text):
-    """The names in a comma-separated list. A comma in the path of a file or folder that is there stays."""
+    """The names in a comma-separated list. A comma in the path of an existing file or folder is kept."""
     parts, names = text.split(","), []
     while parts:
         n = len(parts)
@@ -74,7 +74,7 @@ def hub_dataset(source):
 def find_files(source):
     """(files to read, files passed over) of a file or folder; both are empty for a dataset of the hub.
 
-    Refuses other names, without a look at the network.
+    Refuses other names, without using the network.
     """
     path = Path(source)  # whose own methods raise an OSError for a name that is too long
     if os.path.isdir(source):
@@ -90,7 +90,7 @@ def find_files(source):
             is_text = SUFFIX.search(file.name) and file.name not in passed_over
             (read if is_text and not hidden and file.is_file() else others).append(file)
         require(read, f"{source} holds no file to read: {READ}; links to folders are not followed, and what "
-                "save_to_disk wrote becomes readable by Dataset.to_parquet")
+                "save_to_disk wrote must be converted with Dataset.to_parquet")
         return read, others
     if os.path.exists(source):
         require(SUFFIX.search(path.name) and path.is_file(),
@@ -106,9 +106,8 @@ def find_files(source):
 def read_documents(source, key, encoding="utf-8", n_ids=0, opened=lambda file: None):
     """The documents of a file, of a folder's files in sorted order, or of a Hugging Face dataset.
 
-    key: the field of rows that holds the text; encoding: of text files without a byte-order mark; n_ids: rows
-    of token ids may hold those below it, 0 refuses such rows; opened: called with each file, open, when its
-    turn comes.
+    key: the field of rows that holds the text; encoding: of text files without a byte-order mark; n_ids: ids
+    in rows of token ids are below it, 0 refuses such rows; opened: called with each open file in its turn.
     """
     files, _ = find_files(str(source))
     for path in files:
@@ -139,11 +138,11 @@ def read_file(path, file, key, encoding, n_ids):
     lines = io.TextIOWrapper(file, encoding)
     has_rows = SUFFIX.search(path.name)[1].lower().startswith("json")
     try:
-        # U+FEFF is a byte-order mark, also within a file that several were joined to.
+        # U+FEFF is a byte-order mark, also inside a file that was joined from several.
         for document in read_lines(lines, path, key, n_ids) if has_rows else read_text(lines):
             yield document.replace("\ufeff", "") if isinstance(document, str) else document
     except UnicodeDecodeError as error:
-        # The decoder was given all bytes up to where the file stands, and counts in the last of them.
+        # The decoder was given all bytes up to the file's position, and counts within the last block.
         offset = file.tell() - len(error.object) + error.start
         raise UserError(f"{path}: byte {offset:,} (0x{error.object[error.start]:02x}) is not {encoding} "
                         "text: name its encoding with --encoding=, or convert it to UTF-8") from None
@@ -159,7 +158,7 @@ def read_text(lines):
         size += len(document[-1])
         if is_end or blank_lines == 2 or size > LONGEST:
             texts = ["".join(document), ""]
-            if size > LONGEST and not line.endswith("\n"):  # nor does a word end here
+            if size > LONGEST and not line.endswith("\n"):  # the line goes on, perhaps a word too
                 texts = PIECES.findall(texts[0])
             yield from filter(None, map(str.strip, texts[:-1]))
             document, size = texts[-1:], len(texts[-1])
@@ -178,7 +177,7 @@ def read_lines(lines, path, key, n_ids):
         except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
-            raise UserError(f"{where}: no JSON object: {line[:60]!r}; jq -c '.[]' makes lines of an array")
+            raise UserError(f"{where}: not a JSON object: {line[:60]!r}; jq -c '.[]' splits an array")
         yield row_content(row, key, where, n_ids)
 
 
@@ -186,7 +185,7 @@ def row_content(row, key, where, n_ids):
     """The document of a row: its text, or the token ids of a pretokenized row."""
     key = key if key in row or "input_ids" not in row else "input_ids"
     if key not in row:
-        raise UserError(f"{where}: no {key!r} field among {', '.join(map(str, row))}; --text_key= names it")
+        raise UserError(f"{where}: no {key!r} field among {', '.join(map(str, row))}; set --text_key=")
     value = row[key]
     if value is None:
         return ""
@@ -230,14 +229,14 @@ def read_hub(source, key, n_ids):
             yield row_content(row, key, f"dataset {source}, row {number}", n_ids)
     except UserError:
         raise
-    except Exception as error:  # network, name, field: whatever the library meets
+    except Exception as error:  # network, name, field: whatever the library raises
         raise UserError(f"dataset {source}, after row {number}: {type(error).__name__}: "
                         f"{one_line(error, 200)}") from None
 
 
 @functools.lru_cache(maxsize=1)
 def embedded_documents():
-    """English that every installation has on disk, 8 MB: the reference of the language Python, and the
+    """English that every installation has on disk, 8 MB: the reference of the Python language, and the
     docstrings of its standard library, NumPy and PyTorch.
     """
     import pydoc_data.topics

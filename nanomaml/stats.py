@@ -20,7 +20,7 @@ def escaped(name):
 
 
 def markdown(rows, right=True):
-    """A table whose first row is the head; right: columns after the first are aligned to the right."""
+    """A table whose first row is the header; right: columns after the first are aligned to the right."""
     widths = [max(3, *map(len, column)) for column in zip(*rows)]
     rule = ["-" * (width - 1) + (":" if i and right else "-") for i, width in enumerate(widths)]
     forms = [f"{'>' if i and right else '<'}{width}" for i, width in enumerate(widths)]
@@ -64,7 +64,7 @@ def speedup(groups, n=41):
 
     levels: n losses that all runs reach, evenly spaced in log-loss. The first segment of a curve, from the
     untrained model to the next evaluation, is left out: the loss falls too far in it to interpolate. A ratio
-    is what the second group needs, divided by what the first needs, of geometric means over runs. Errors are
+    is what the second group needs, divided by what the first needs, in geometric means over runs. Errors are
     standard errors of the ratios' logs. p tests that the ratio at the last level is 1.
     ([], {}) if there is no loss that all runs reach.
     """

@@ -15,7 +15,7 @@ PROBE = "Some words, 3 of them;\n\tnot\u00e9s.  "
 
 
 def encoding(name, pattern, ranks):
-    """The tiktoken Encoding of these merges, with the special tokens behind them."""
+    """The tiktoken Encoding of these merges, with the special tokens after them."""
     special = {token: len(ranks) + i for i, token in enumerate(SPECIAL)}
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
@@ -36,12 +36,12 @@ def hugging_face_tokenizer(content):
         import tokenizers
 
         return tokenizers.Tokenizer.from_str(json.dumps(content))
-    except Exception as error:  # ImportError, and whatever tokenizers raises: it has no class of its own
+    except Exception as error:  # ImportError, and whatever tokenizers raises: it has no exception class
         raise UserError(f"cannot read tokenizer.json ({error}): pip install -U tokenizers") from None
 
 
 def hugging_face_spec(folder):
-    """The content of our tokenizer.json, made of that of a Hugging Face folder and of what lies beside it."""
+    """The content of our tokenizer.json, made from a Hugging Face folder's and the files beside it."""
     folder = Path(folder)
     content, settings, model = (
         files.parse((folder / name).read_bytes()) if (folder / name).exists() else None
@@ -56,7 +56,7 @@ def hugging_face_spec(folder):
         token, number = settings.get(key), model.get(f"{key}_id")
         token = token.get("content") if isinstance(token, dict) else token
         if token is not None:
-            number = known.token_to_id(str(token))  # of an added token, else of any
+            number = known.token_to_id(str(token))  # an added token's, if there is one
             require(number is not None, f"tokenizer.json of {folder} lacks the {key} {token!r}")
         ids[f"{key}_id"] = number[0] if isinstance(number, list) and number else number
     require(ids["eos_token_id"] in known.get_vocab().values(), f"{folder} names no token that ends a text: "
@@ -75,16 +75,16 @@ def download(name):
                         "pip install huggingface_hub") from None
     try:
         return snapshot_download(name, allow_patterns=["tokenizer*.json", "config.json"])
-    except Exception as error:  # network, name, access: whatever the library meets
+    except Exception as error:  # network, name, access: whatever the library raises
         raise UserError(f"neither {name}/tokenizer.json nor the Hugging Face hub has that tokenizer: "
                         f"{type(error).__name__}: {one_line(error, 200)}") from None
 
 
 class HuggingFaceTokenizer:
-    """A Hugging Face tokenizer, with those methods of a tiktoken Encoding that are used here.
+    """A Hugging Face tokenizer, with the methods of a tiktoken Encoding that are used here.
 
-    n_vocab counts its own ids. The first one above them is <|mask|>, unless it has a token of that name.
-    rows: the vocabulary of the model that reads it, where known.
+    n_vocab counts its own ids. The next id is <|mask|>, unless it has a token of that name.
+    rows: the vocabulary size of the model that reads it, if known.
     """
 
     name = "huggingface"
@@ -92,17 +92,17 @@ class HuggingFaceTokenizer:
     def __init__(self, spec, rows=None):
         self.spec, self.rows, self.eot_token = spec, rows, spec["ids"]["eos_token_id"]
         self.special, self.ordinary = (hugging_face_tokenizer(spec["tokenizer"]) for _ in range(2))
-        self.ordinary.encode_special_tokens = True  # as the text that they are
+        self.ordinary.encode_special_tokens = True  # special tokens as plain text
         vocabulary = self.special.get_vocab()
         self.n_vocab = 1 + max(vocabulary.values(), default=-1)  # ids may have gaps
         self.mask_id = vocabulary.get(SPECIAL[1], self.n_vocab)
 
     def encode(self, text, allowed_special="all"):
-        """The ids of a text that begins here: special tokens read as such, those of a beginning added."""
+        """The ids of a text from its beginning: special tokens read as such, those that begin one added."""
         return self.special.encode(text).ids
 
     def encode_ordinary(self, text):
-        # A batch of one, since `encode` keeps other threads of Python waiting.
+        # A batch of one, since `encode` blocks other threads of Python.
         return self.ordinary.encode_batch([text], add_special_tokens=False)[0].ids
 
     def encode_to_numpy(self, text, disallowed_special=()):
@@ -123,10 +123,10 @@ class HuggingFaceTokenizer:
         return SPECIAL[1].join(self.special.decode(part, skip_special_tokens=False) for part in parts)
 
     def token_bytes(self):
-        """{id: bytes} of the tokens that are text. UserError where tokens do not say what they are."""
+        """{id: bytes} of the tokens that are text. UserError if tokens do not show their bytes."""
         content = self.spec["tokenizer"]
         model = content["model"]
-        added = {token["content"]: token for token in content.get("added_tokens") or []}  # ids may be others
+        added = {token["content"]: token for token in content.get("added_tokens") or []}  # ids may differ
         steps = json.dumps([content.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")])
         is_byte_level = '"ByteLevel"' in steps
         require(is_byte_level or r"\u2581" in steps, "episodes find words in byte-level tokenizers and in "
@@ -159,13 +159,13 @@ def token_bytes(tokenizer):
 
 
 class NoDownload(UserError):
-    """tiktoken has no GPT-2 tokenizer at hand."""
+    """tiktoken has no GPT-2 tokenizer in its cache, and cannot download it."""
 
 
 def read_spec(source):
     """The content of a tokenizer.json: {"name": "gpt2"}, or name, pattern and tokens. `source` as below.
 
-    Of a Hugging Face tokenizer: name, its files as "tokenizer" and "config", and "ids" of special tokens.
+    For a Hugging Face tokenizer: name, its files as "tokenizer" and "config", and "ids" of special tokens.
     """
     if source == "gpt2":
         return {"name": source}
@@ -174,7 +174,7 @@ def read_spec(source):
     path = path if path.is_file() else path / "tokenizer.json"
     if not path.exists():
         require(not path.with_name("meta.pkl").exists(),
-                f"{source} holds characters, of nanoGPT (meta.pkl): prepare the text with prepare.py")
+                f"{source} holds nanoGPT's characters (meta.pkl): prepare the text with prepare.py")
         return {"name": "gpt2"}
     try:
         spec = json.loads(path.read_text(encoding="utf-8"))
@@ -196,15 +196,15 @@ def token_ranks(spec):
     """{bytes of a token: its id} of a tokenizer that prepare.py wrote; ValueError where it is not whole."""
     tokens = [base64.b64decode(token, validate=True) for token in spec["tokens"]]
     if not {bytes([i]) for i in range(256)} <= set(tokens) or len(set(tokens)) < len(tokens):
-        raise ValueError("its tokens do not hold every byte, or one of them twice")
+        raise ValueError("its tokens lack a byte, or hold one token twice")
     return {token: rank for rank, token in enumerate(tokens)}
 
 
 def load_tokenizer(source, vocab_size=None):
-    """A tiktoken Encoding with <|endoftext|> and <|mask|>: "gpt2", or that of a folder of bins or of a run.
+    """A tiktoken Encoding with <|endoftext|> and <|mask|>: "gpt2", or a folder of bins or of a run.
 
-    A folder without a tokenizer.json (bins from elsewhere) is taken to hold GPT-2 tokens. Of Hugging Face's
-    tokenizer.json it is a HuggingFaceTokenizer. UserError where it has more than `vocab_size` ids.
+    A folder without a tokenizer.json (bins from elsewhere) is taken to hold GPT-2 tokens. A Hugging Face
+    tokenizer.json gives a HuggingFaceTokenizer. UserError if it has more than `vocab_size` ids.
     """
     spec = read_spec(source)
     if spec["name"] == HuggingFaceTokenizer.name:

@@ -1,4 +1,4 @@
-"""Treebanks of tagged words: Universal NER's by name, downloaded where missing, and files in CoNLL's forms.
+"""Treebanks of tagged words: Universal NER's by name, downloaded where missing, and files in CoNLL's formats.
 
     treebanks.load("da_ddt,en_ewt:dev", "train", "data/uner")    # {name: [(words, tags), ...]}
 
@@ -35,19 +35,19 @@ TRAINABLE = ("da_ddt", "en_ewt", "hr_set", "nno_norne", "nob_norne", "pt_bosque"
              "sv_talbanken", "zh_gsd", "zh_gsdsimp")  # have train and dev splits; the others test only
 SPLITS = {"train": "train", "dev": "dev", "valid": "dev", "validation": "dev", "val": "dev", "testa": "dev",
           "test": "test", "testb": "test"}  # a split in a file's name: train, dev or test
-NO_WORD = r"\d+[-.]\d+"  # the id of a row that is no word of its own
+NO_WORD = r"\d+[-.]\d+"  # the id of a row that is not a word of its own
 TAG = "O|[BI]-.+"
 
 
 def counts_up(ids):
-    """Do these texts count up by one, but for ranges (1-2) and empty nodes (8.1) of CoNLL-U?"""
+    """Do these texts count up by one, except for ranges (1-2) and empty nodes (8.1) of CoNLL-U?"""
     ids = [text for text in ids if not re.fullmatch(NO_WORD, text)]
     numbers = [int(text) for text in ids if re.fullmatch(r"\d{1,9}", text)]
     return len(ids) == len(numbers) > 0 and numbers == [numbers[0] + i for i in range(len(numbers))]
 
 
 def find_ids(path, rows):
-    """Whether the first of the columns of rows, [] between sentences, holds ids: nearly all count up."""
+    """Whether the first column of rows, [] between sentences, holds ids: it counts up in nearly all."""
     groups = [list(group) for is_row, group in itertools.groupby(rows, lambda row: len(row) > 2) if is_row]
     counted = [counts_up([columns[0] for columns in group]) for group in groups]
     share = sum(counted) / max(len(counted), 1)
@@ -68,8 +68,8 @@ def read_treebank(path, types=None, content=None, encoding="utf-8"):
     there are three or more; the tag may be last instead. Otherwise, as in CoNLL's files, they are a word,
     perhaps more, and last its tag. Tabs separate them or, if the first row has none, blanks. B-O and I-O,
     slips in published files, and the - of Norwegian ones read as O. types: those that may occur; None: any.
-    content: the file's bytes, where they are at hand. UserError for a file without sentences and, with the
-    line's number, for a malformed one or another type.
+    content: the file's bytes, if already read. UserError for a file without sentences and, with its number,
+    for a line that is malformed or has another type.
     """
     try:
         content = Path(path).read_bytes() if content is None else content
@@ -109,7 +109,7 @@ def read_treebank(path, types=None, content=None, encoding="utf-8"):
             row = "id, word and tag" if has_ids else "a word and, last, its tag"
             raise UserError(f"{path}, line {number}: expected {row} (O, B-TYPE or I-TYPE), got {line[:99]!r}")
         if tag != "O" and types is not None and tag[2:] not in types:
-            raise UserError(f"{path}, line {number}: {tag} is none of the types {', '.join(types)}")
+            raise UserError(f"{path}, line {number}: {tag} is not one of the types {', '.join(types)}")
         words.append(word)
         tags.append(tag)
     require(sentences, f"{path} has no sentences")
@@ -149,8 +149,8 @@ def local_files(folder):
 def load(names, split, folder, types=None, encoding="utf-8"):
     """{name: sentences} of `names`, "all" or treebanks such as "da_ddt,en_ewt:dev", downloaded where missing.
 
-    split: "train" or "test", for names without one of their own; types: as of `read_treebank`. Of all, a note
-    names what cannot be fetched or read, and only where nothing is left is it an error.
+    split: "train" or "test", for names without one of their own; types: as in `read_treebank`. With all, a
+    note names what cannot be fetched or read; it is an error only if nothing is left.
     """
     is_all = names == "all"
     names = all_names(split, folder) if is_all else list(filter(None, map(str.strip, names.split(","))))
@@ -174,7 +174,7 @@ def load(names, split, folder, types=None, encoding="utf-8"):
 
 
 def all_names(split, folder):
-    """The treebanks in `folder` with this split and, unless it holds other data only, those published."""
+    """The treebanks in `folder` with this split and, unless it only holds other data, the published ones."""
     local = local_files(folder)
     paths = sum(local.values(), [])
     names = {treebank for treebank, of_split in local if of_split == split}
@@ -185,7 +185,7 @@ def all_names(split, folder):
 
 
 def treebank_and_split(name, split):
-    """("en_ewt", "dev") of "en_ewt:dev"; `split` is that of a name without one."""
+    """("en_ewt", "dev") of "en_ewt:dev"; `split` applies to a name without one."""
     treebank, colon, own_split = name.partition(":")
     return treebank, SPLITS.get(own_split, own_split) if colon else split
 
@@ -219,7 +219,7 @@ class Offline(UserError):
 
 
 def download(url, path):
-    """Saves the treebank at `url` as `path`, complete or not at all. Raises UserError, of it Offline."""
+    """Saves the treebank at `url` as `path`, complete or not at all. Raises UserError or Offline."""
     print(f"download  {url}", flush=True)
     try:
         with urllib.request.urlopen(url, timeout=20) as response:

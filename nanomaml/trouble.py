@@ -13,16 +13,16 @@ from nanomaml.ranks import any_rank, print0
 MAX_SKIPPED = 10  # updates in a row that may be skipped for a gradient that is not finite
 
 
-class Watch:
+class Guard:
     """Watches a run: signals, data that cannot be read, logs that cannot be written, numbers not finite.
 
-        with Watch(cfg, progress, log) as watch:            # log: a logs.RunLog
-            micro_steps, waited = watch.next_of(updates)
-            if watch.must_stop(): ...                       # write a checkpoint if it `is_sound`, then break
-        watch.raise_failure()
+        with Guard(cfg, progress, log) as guard:            # log: a logs.RunLog
+            micro_steps, waited = guard.next_of(updates)
+            if guard.must_stop(): ...                       # write a checkpoint if it `is_sound`, then break
+        guard.raise_failure()
 
-    In the context SIGINT, SIGTERM, and SIGHUP of a terminal that is closed (except under nohup), let the step
-    in progress end well; a second Ctrl-C kills.
+    In the context SIGINT, SIGTERM and, except under nohup, SIGHUP of a closed terminal let the current step
+    finish; a second Ctrl-C kills.
     """
 
     def __init__(self, cfg, progress, log):
@@ -32,7 +32,7 @@ class Watch:
     def __enter__(self):
         def on_signal(number, frame):
             self.signals.append(number)
-            os.write(2, b"finishing the step; a second Ctrl-C kills\n")  # print() may be at work just now
+            os.write(2, b"finishing the step; a second Ctrl-C kills\n")  # print() may be running just now
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
         numbers = [signal.SIGINT, signal.SIGTERM]
@@ -46,7 +46,7 @@ class Watch:
             signal.signal(number, handler)
 
     def next_of(self, updates):
-        """The next of `schedule.read_ahead`, or ([], 0.0) after the last and where it cannot be read."""
+        """The next item of `schedule.read_ahead`, or ([], 0.0) after the last or if it cannot be read."""
         try:
             return next(updates, ([], 0.0))
         except UserError as error:
@@ -58,7 +58,7 @@ class Watch:
         return any_rank(self.signals or self.unreadable or self.log.failure)
 
     def raise_failure(self):
-        """Raises why the run could not go on, if it could not; the last lines may have failed too."""
+        """Raises the error that stopped the run, if any; writing its last lines may have failed too."""
         any_rank(False)  # waits until the first rank has written its checkpoint, which `resumption` names
         if failure := self.unreadable or self.log.failure:
             raise UserError(f"{failure}; fix that; the same command then {self.resumption()}", failure.code)
@@ -69,7 +69,7 @@ class Watch:
             "starts again once log.jsonl is removed, since there is no checkpoint")
 
     def require_finite(self):
-        """Ends the run after MAX_SKIPPED bad updates in a row, or all; rarely waits for the device."""
+        """Ends the run after MAX_SKIPPED bad updates in a row, or if all are; rarely waits for the device."""
         step, limit = self.progress.step, min(MAX_SKIPPED, self.cfg.max_steps)
         if self.is_suspect or step % MAX_SKIPPED == 0 or step == self.cfg.max_steps:
             in_a_row = int(self.progress.skipped[1])
@@ -81,10 +81,10 @@ class Watch:
     def is_sound(self, learner, eval_batches, is_end):
         """Whether all parameters and buffers, and the loss on a few sequences, are finite on all ranks.
 
-        If not, warns or, at max_steps, raises UserError. In a row of bad updates it is not, unless `is_end`.
+        If not, warns or, at max_steps, raises UserError. False within a row of bad updates, unless `is_end`.
         """
         batch, device = next(iter(eval_batches.values())), self.progress.skipped.device
-        with learner.decoder.eager():  # another batch size would be compiled anew
+        with learner.decoder.eager():  # another batch size would be compiled separately
             batch = type(batch)(*(part[:8].to(device) for part in batch))
             loss = learner("lm", batch)[0]["lm"]
         is_bad = not all(value.isfinite().all() for value in (loss, *learner.state_dict().values()))
@@ -102,15 +102,15 @@ class Watch:
                 f"inner_lr ({self.cfg.inner_lr:g})")
 
     def check(self, line):
-        """Warns where the query loss was at ln N in five log lines in a row, never during warm-up; and where
-        three lines in a row are less than half as fast as this process was in most lines.
+        """Warns if, after warm-up, the query loss is at ln N in five log lines in a row, or if three lines in
+        a row are less than half as fast as usual in this process.
         """
         self.rates = [*self.rates[-50:], line["tok_per_s"]]
         usual = sorted(self.rates)[len(self.rates) // 2]
         if len(self.rates) > 6 and 2 * max(self.rates[-3:]) < usual:
             print0(f"note      {self.rates[-1]:,.0f} tok/s, after {usual:,.0f}: "
-                   "does another process use these cores? OMP_NUM_THREADS=1 loses less then")
-            self.rates = []  # from here on that is the rate
+                   "does another process use these cores? If so, OMP_NUM_THREADS=1 loses less")
+            self.rates = []  # from here on this rate is the usual one
         if "meta/query_loss" in line and self.progress.step > self.cfg.warmup_steps:
             ln_n = math.log(line.get("meta/ways", self.cfg.ways))
             is_stuck = line["meta/query_loss"] > 0.99 * ln_n

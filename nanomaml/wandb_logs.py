@@ -1,4 +1,4 @@
-"""Weights & Biases: a run's lines are sent there too, and its failure never stops the run."""
+"""Weights & Biases: a run's lines are sent there too, and its failures never stop the run."""
 import re
 import sys
 from contextlib import suppress
@@ -16,11 +16,11 @@ HEAD = re.compile(r"(.+/\d\d+)/\d\d+")  # <what>/<layer>/<head>
 def start_wandb(cfg, name, folder, run_id=None, facts=None):
     """(send, finish) of a new wandb run, or of the run `run_id` continued; both do nothing if wandb is off.
 
-    cfg: a dataclass with the fields wandb (a mode) and wandb_project; facts: what wandb's config shows beside
+    cfg: a dataclass with the fields wandb (a mode) and wandb_project; facts: shown in wandb's config besides
     its fields. send(line): a dict of scalars, "step" among them. The heads of a layer are sent as their mean,
-    entropies as a heatmap too: one panel for each head would be hundreds.
+    entropies also as a heatmap: a panel for each head would make hundreds.
 
-    Where wandb does not know what the run did before, since it was offline then (or off), the lines of the
+    If wandb does not know what the run did before, since it was offline or off then, the lines of the
     logs in `folder` are sent first: `wandb sync` lets the newest part of a run replace the others.
     """
     has_failed = False
@@ -51,7 +51,7 @@ def start_wandb(cfg, name, folder, run_id=None, facts=None):
 
         def finish():
             guarded(run.finish)()
-            if has_failed:  # else its exit handler prints a traceback
+            if has_failed:  # otherwise its exit handler prints a traceback
                 with suppress(Exception):
                     wandb.teardown()
 

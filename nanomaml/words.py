@@ -13,7 +13,7 @@ JOINERS = "\u00ad\u200c\u200d"  # soft hyphen, zero-width non-joiner and joiner:
 
 
 def fold(text):
-    """The same for all ways to write a word: in any case, accents as part of the letter or as marks."""
+    """One form for all ways to write a word: in any case, accents as part of the letter or as marks."""
     return unicodedata.normalize("NFC", text).lower()
 
 
@@ -46,7 +46,7 @@ class WordTables(NamedTuple):
 
     word: np.ndarray  # may it be a class
     continues: np.ndarray  # would it continue a word before it
-    spelling: np.ndarray  # a number that tokens share which spell one word, in any case, with a space or not
+    spelling: np.ndarray  # a number shared by tokens that spell one word, in any case, with a space or not
     held_out: np.ndarray  # is its word kept for evaluation
 
 
@@ -54,7 +54,7 @@ class WordTables(NamedTuple):
 def word_tables(tokenizer, word_targets="spaced"):
     """word_targets "spaced": a class is a space and at least two letters, and nothing continues the word.
 
-    "any": it is any letters, and only a mark on the last of them would continue them.
+    "any": a class is any letters, and only a mark on the last of them would continue it.
     """
     n = tokenizer.n_vocab
     tables = WordTables(np.zeros(n, bool), np.zeros(n, bool), np.arange(n), np.zeros(n, bool))
@@ -76,11 +76,11 @@ def word_tables(tokenizer, word_targets="spaced"):
 
 
 def lack_of_words(tokenizer, word_targets, tokens, words, ways, max_occurrences):
-    """Why `tokens` have too few classes, of `words` that occur at most that often, and what to do."""
+    """Why `tokens` give too few classes, and what to do. words: the occurrences of possible classes."""
     text, counts = tokenizer.decode(tokens.ravel()[:2**16].tolist()), np.unique(words, return_counts=True)[1]
     if word_targets == "spaced" and sum(map(in_word, text)) > 16 * text.count(" "):
         return "it has no words between spaces: set word_targets = any, and prepare it with --tokenizer=train"
     frequent = int((counts > max_occurrences).sum())
-    return (f"{len(counts)} different words are single tokens there, {frequent} of them too frequent, above "
-            f"{max_occurrences} times: lower ways, shots, queries or window, raise max_word_share, or give "
-            "more text")
+    return (f"{len(counts)} different words are single tokens there, {frequent} of them too frequent, more "
+            f"than {max_occurrences} times: lower ways, shots, queries or window, raise max_word_share, or "
+            "give more text")

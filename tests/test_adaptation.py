@@ -127,7 +127,7 @@ def test_it_is_the_same_for_every_seed_and_leaves_no_trace(folder):
     (np.arange(TOY_VOCAB + 1), "holds ids that the tokenizer lacks"),
     (np.arange(256, 1256), "too few of its words repeat"),
     (random_ids(97, 26), "no words between spaces"),
-    (random_ids(256, 20), "of them too frequent, above 4 times"),
+    (random_ids(256, 20), "of them too frequent, more than 4 times"),
 ])
 def test_what_cannot_be_measured_names_its_reason(toy, tmp_path, ids, reason):
     test = instrument(write_split(tmp_path, data.load_tokenizer(toy), ids))

@@ -84,8 +84,8 @@ TRAIN = [
     ("--data={toy} --out_dir={tmp}/link", "a link to {tmp}/nowhere"),
     ("--data={toy} --init_from={tmp}/none", "none"),
     # folders of others: their files were overwritten
-    ("--data={toy} --out_dir={tmp}/hf", "{tmp}/hf holds config.json, tokenizer.json and is no run"),
-    ("--data={toy} --out_dir={tmp}/logs", "{tmp}/logs holds log.jsonl and is no run"),
+    ("--data={toy} --out_dir={tmp}/hf", "{tmp}/hf holds config.json, tokenizer.json but is not a run"),
+    ("--data={toy} --out_dir={tmp}/logs", "{tmp}/logs holds log.jsonl but is not a run"),
     ("--data={toy} --out_dir={toy}", "is the data's folder"),
     # how flags are written
     ("--max_stesp=3", "did you mean 'max_steps'?"),
@@ -105,7 +105,7 @@ TRAIN = [
     ("--vocab_size=100000000000", "vocab_size must be in 1 to 2**20, got 100000000000"),
     ("--data={toy} --context=1000000", "no training bin holds 2 x context"),
     ("--data={toy} --vocab_size=70000", "vocab_size = 70000 is above 65536"),
-    ("--data={toy} --shots=1000000000000", "windows of 8 tokens apart"),
+    ("--data={toy} --shots=1000000000000", "separate windows of 8 tokens"),
     # fields that do not go together, with both numbers
     ("--d_model=102", "d_model = 102 must be an even multiple of n_heads = 2"),
     ("--n_heads=3 --n_kv_heads=2 --d_model=24", "n_heads = 3 must be a multiple of n_kv_heads = 2"),

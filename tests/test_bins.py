@@ -32,7 +32,7 @@ WHOLE = np.array([20240520, 1, 100, *[0] * 253], "<i4").tobytes() + np.arange(10
     ("a_train", WHOLE + b"ab", "holds 101"),
     ("a_train", WHOLE + WHOLE[1024:], "holds 200 of uint16"),
     ("a_train", WHOLE[:1000], "holds -12"),
-    ("a_train", b"\1" + WHOLE[1:], "a token bin with 20240520"),
+    ("a_train", b"\1" + WHOLE[1:], "not with 20240520 as a token bin"),
     ("a_train", WHOLE[:4] + b"\2" + WHOLE[5:], "version 2, only 1"),
     ("a_train", b"", "starts with nothing"),
     ("val", b"abc", "3 bytes are not a positive number of uint16 tokens"),

@@ -62,7 +62,7 @@ def test_a_runs_folder_stands_for_its_settings(tmp_path):
     (run / "config.json").write_text(json.dumps(settings))
     cfg = load(str(run), "--max_steps=800")
     assert (cfg.lr, cfg.max_steps, cfg.warmup_steps, cfg.out_dir) == (0.5, 800, 40, str(run))
-    for text, says in (("[1]", "is not that of a run"), ("{", "is not that of a run"), ("[" * 10**5, "not"),
+    for text, says in (("[1]", "is not a run's"), ("{", "is not a run's"), ("[" * 10**5, "not"),
                        ('{"d_modle": 3}', "unknown key 'd_modle' in"), ('{"ways": "x"}', "ways must be int")):
         (run / "config.json").write_text(text)
         refuses(lambda: load(str(run)), says)

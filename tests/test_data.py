@@ -185,8 +185,8 @@ def test_too_few_or_too_frequent_words_are_refused_with_the_numbers(toy, tmp_pat
     ids = 256 + np.random.default_rng(0).integers(0, 40, 20_000)
     folder = write_split(tmp_path, load_tokenizer(toy), ids)
     refuses(lambda: episodes(folder).episode(0), "of them too frequent", "max_word_share")
-    refuses(lambda: episodes(folder, ways=50, max_share=0.1).episode(0), "ways = 50 are needed",
-            "5 windows of 16 tokens", "different words are single tokens")
+    refuses(lambda: episodes(folder, ways=50, max_share=0.1).episode(0), "but ways = 50;",
+            "5 separate windows of 16 tokens", "different words are single tokens")
     assert len(set(episodes(folder, ways=30, max_share=0.1).episode(0)[0].tolist())) == 30
 
 

@@ -175,7 +175,7 @@ def test_a_malformed_line_is_named(tmp_path, first, row, lines):
     path = tmp_path / "a.iob2"
     for line in lines:
         path.write_text(f"{first}\n\n{line}\n")
-        says = ["B-MISC is none of the types PER, ORG, LOC"] if "MISC" in line else [row, repr(line)]
+        says = ["B-MISC is not one of the types PER, ORG, LOC"] if "MISC" in line else [row, repr(line)]
         refuses(lambda: read_treebank(path, TYPES), f"{path}, line 3: ", *says)
     refuses(lambda: read_treebank(path, content=b"1\t\xff\tO\n"), f"cannot read {path}")
     refuses(lambda: read_treebank(path, content=b"# c\n\n"), f"{path} has no sentences")
@@ -544,14 +544,14 @@ def test_the_types_of_other_data_are_found_or_chosen(run, conll, capsys, flags, 
 
 def test_a_type_that_was_not_trained_on_ends_with_one_clear_line(run, uner, conll):
     shutil.copytree(uner, conll, dirs_exist_ok=True)
-    refuses(lambda: evaluate(run, conll, *MAJORITY, "--test=wnut"), "none of the types PER, ORG, LOC, OTH")
+    refuses(lambda: evaluate(run, conll, *MAJORITY, "--test=wnut"), "not one of the types PER, ORG, LOC, OTH")
     (result,) = evaluate(run, conll, *MAJORITY, "--test=wnut", "--tags=PER,ORG,LOC")
     assert "tags" not in result and result["per_type"]["ORG"]["f1"] > 0.9
     assert result["per_type"]["LOC"]["support"] == 0
     for path in conll.glob("*.iob2"):
         path.unlink()
     (conll / "test.txt").write_text("Anna B-person\n\nMay B-date\n")
-    says = f"{conll}/test.txt, line 3: B-date is none of the types MISC, ORG, person"
+    says = f"{conll}/test.txt, line 3: B-date is not one of the types MISC, ORG, person"
     refuses(lambda: evaluate(run, conll, "--train=wnut", "--test=wnut"), says)
     refuses(lambda: evaluate(run, conll, "--train=wnut", "--test=all"), says)
     (conll / "test.txt").unlink()
@@ -628,7 +628,7 @@ def test_all_leaves_out_what_cannot_be_read_or_fetched(run, uner, tmp_path, monk
     out = capsys.readouterr().out
     assert out.count("download  ") == 1
     (note,) = re.findall("note .* leaves out bad, ceb_gja, da_ddt, .*, empty.*", out)
-    assert "bad-ud-test.iob2, line 1: B-MISC is none of" in note and "refused" in note
+    assert "bad-ud-test.iob2, line 1: B-MISC is not one of" in note and "refused" in note
 
     for name, says in (("bad", "bad-ud-test.iob2, line 1"), ("empty", "empty-ud-test.iob2 has no sentences")):
         refuses(lambda: evaluate(run, folder, *MAJORITY, f"--test=two,{name}"), says)  # noqa: B023

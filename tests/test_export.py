@@ -177,7 +177,7 @@ def test_folders_that_hold_something_are_left_alone(tmp_path, trained, monkeypat
     assert before == {path: path.read_bytes() for path in run.iterdir()}
     refuses(lambda: export.main([str(run)]), "name the folder to write, --to=FOLDER")
     refuses(lambda: export.main([f"--to={tmp_path / 'hf'}"]), "name one run", "got none")
-    refuses(lambda: convert(tmp_path / "no", tmp_path / "hf"), "is no run")
+    refuses(lambda: convert(tmp_path / "no", tmp_path / "hf"), "is neither a run")
     refuses(lambda: export.main([str(run), "--too=x"]), "did you mean 'to'?")
     with monkeypatch.context() as patch:  # a file-size limit left a cut file, which blocked the same command
         patch.setattr(export, "model_card", lambda *args: 1 / 0)
@@ -204,7 +204,7 @@ def test_a_model_of_another_architecture_does_not_go_out(tmp_path, trained, monk
     state = checkpoint.load(run)
     state["model"]["model.layers.0.self_attn.q_norm.weight"] = torch.ones(8)
     checkpoint.save(run, state, keep=1)
-    refuses(lambda: convert(run, tmp_path / "hf"), "not those of a Llama", "q_norm.weight [8]")
+    refuses(lambda: convert(run, tmp_path / "hf"), "do not fit a Llama", "q_norm.weight [8]")
     assert not (tmp_path / "hf").exists()  # nothing is left that would block the same command
 
 
@@ -423,7 +423,7 @@ def test_a_model_that_is_another_is_refused(tmp_path):
         ({"rope_parameters": rope | {"partial_rotary_factor": 0.5}}, "partial"),
         ({"hidden_act": "gelu"}, "the activation gelu"),
         ({"model_type": "gpt2"}, "a model of another type: 'gpt2'"),
-        ({"num_hidden_layers": 2}, "not those of a Llama with its settings: model.layers.2."),
+        ({"num_hidden_layers": 2}, "do not fit a Llama with its settings: model.layers.2."),
         ({"intermediate_size": 96}, "[96, 48]"),
         ({"vocab_size": 500}, "ids, the model 500"),
         ({"num_hidden_layers": None}, "n_layers must be int, got None"),
@@ -448,7 +448,7 @@ def test_a_model_without_its_tokenizer_or_weights_is_refused(pico, tmp_path):
         ("tokenizer.json", b"[]", "cannot read a JSON object"),
         ("model.safetensors", None, "model.safetensors is missing"),
         ("model.safetensors", b"x" * 40, "cannot read", "model.safetensors"),
-        ("config.json", None, "no Hugging Face folder (config.json)"),
+        ("config.json", None, "nor a Hugging Face folder (config.json)"),
         ("config.json", b"{", "cannot read"),
     ):
         refused(pico, name, content, *says)

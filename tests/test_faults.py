@@ -267,7 +267,7 @@ def test_a_broken_run_ends_with_the_last_good_checkpoint(toy, tmp_path, capsys):
 def test_ten_bad_updates_in_a_row_end_the_run_whenever_they_begin(first):
     """Every tenth update was looked at, so up to 19 were skipped. A healthy run is looked at rarely."""
     cfg, progress, looks = SimpleNamespace(max_steps=100, lr=1.0, inner_lr=1.0, out_dir="no"), Progress(), 0
-    watch = trouble.Watch(cfg, progress, None)
+    watch = trouble.Guard(cfg, progress, None)
     with pytest.raises(UserError, match="not finite in 10 updates in a row"):
         for step in range(100):
             progress.finish_update({}, torch.tensor(float(step >= first)), 0.0)
@@ -278,7 +278,7 @@ def test_ten_bad_updates_in_a_row_end_the_run_whenever_they_begin(first):
 
 def test_a_rate_that_halves_is_noted_once_it_lasts(capsys):
     """Cores shared with another process make two threads many times slower, and nothing said so."""
-    watch = trouble.Watch(toy_config(), Progress(), SimpleNamespace(failure=None))
+    watch = trouble.Guard(toy_config(), Progress(), SimpleNamespace(failure=None))
     for rate in [1000] * 8 + [400, 1000] + [400] * 2:
         watch.check({"tok_per_s": rate})
     assert not capsys.readouterr().out, "single slow lines"

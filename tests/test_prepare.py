@@ -88,7 +88,7 @@ def test_sources_become_the_same_documents_and_twice_the_same_bytes(tmp_path, ca
     ("in,in/a.txt", "", "a.txt would be read twice, for in and in/a.txt"),
     ("user/name,user/name::train", "", "would be read twice, for user/name and user/name::train"),
     ("b.txt,link.txt", "", "b.txt would be read twice"), ("b.txt", ",", "val = ',' names no file"),
-    ("in", "in/a.txt", "a.txt is also trained on, source in has it"), ("b.txt", "in", "there is no file in"),
+    ("in", "in/a.txt", "a.txt is also trained on, in source in"), ("b.txt", "in", "there is no file in"),
     ("b.txt", "v.csv", "v.csv: sources are plain files"), ("b.txt", "x/a.txt,a.txt", "files of one domain"),
     ("b.txt", "loss.txt", "would be logged as val/loss"), ("bad.jsonl", "", "bad.jsonl, line 2: no 'text'"),
     ("b.txt", "", "one document in 50 is held out"), ("blank.txt", "b.txt", "no text for train"),
@@ -291,7 +291,7 @@ prepare.batches.__defaults__, sys.exit = (20_000,), os._exit
 train.main = lambda argv: os._exit(prepare.main(argv) or 0)  # a finalized PyTorch takes seconds
 """
     for how, where in ((signal.SIGTERM, "make_tokenizer"), (signal.SIGINT, "make_tokenizer"),
-                       (signal.SIGKILL, "save_tokenizer"), (signal.SIGINT, "save_state"),
+                       (signal.SIGKILL, "tokenizers.save_tokenizer"), (signal.SIGINT, "save_state"),
                        (signal.SIGTERM, "save_state"), (signal.SIGKILL, "batches")):
         [(code, said)] = forks.run(flags, patches={0: patch + f"""
 def end(*args, real=prepare.{where}):
@@ -304,7 +304,7 @@ prepare.{where} = end"""})
     for moment in (("save_state", 100), ("fill", 3000), ("fill", 9000)):
         assert forks.run(flags, deaths={0: moment}, patches={0: patch})[0][0] == -signal.SIGKILL
     [(code, said)] = forks.run(flags, patches={0: patch})
-    assert code == 0 and "bins.partial: going on after" in said and equals(whole, tmp_path), said
+    assert code == 0 and "bins.partial: continuing after" in said and equals(whole, tmp_path), said
 
 
 @pytest.mark.parametrize("name, change, says", [

@@ -137,7 +137,7 @@ def test_the_command_measures_where_the_data_moved(toy, tmp_path, capsys):
         checkpoint.save(run, state | {"config": config}, keep=1)
         if vocab_size < TOY_VOCAB:
             refuses(lambda: probes.main([str(run), f"--data={toy}"]), f"{toy} holds token id", "name data")
-    refuses(lambda: probes.main([str(run)]), f"no data at {tmp_path}/gone, where", "--data=FOLDER")
+    refuses(lambda: probes.main([str(run)]), f"no data at {tmp_path}/gone, which", "--data=FOLDER")
     shutil.copytree(toy, moved)
     ids = probes.fixed_batch(data.open_corpus(toy)[1], 24, 32)
     expected = {"step": 3, "tokens": 96} | probes.measure(decoder, ids)

@@ -151,12 +151,12 @@ train.write_report = write_report"""
 SHOW = """import hashlib, functools, torch
 from nanomaml import trouble
 torch.compile = functools.partial(torch.compile, backend="aot_eager")
-real = trouble.Watch.is_sound
+real = trouble.Guard.is_sound
 def is_sound(watch, learner, *args):
     state = b"".join(p.numpy(force=True).tobytes() for p in learner.state_dict().values())
     print("parameters", hashlib.sha256(state).hexdigest(), flush=True)
     return real(watch, learner, *args)
-trouble.Watch.is_sound = is_sound"""
+trouble.Guard.is_sound = is_sound"""
 
 
 def equal_up_to_rounding(one, many):

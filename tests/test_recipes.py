@@ -46,6 +46,7 @@ FLAGS = {
     "sliding-window": ["--span=5"],
     "gradient-rank": ["--probe_gradients", "--probe_every=1"],
     "meta-decay": ["--meta_decay=0.5", "--meta_share=1"],
+    "masked-word": ["--masked_word=all"],
     "query-lm": ["--query_lm", "--read_out=context"],
     "batch-episodes": ["--episodes_from=batch", "--read_out=context", "--meta_share=1", "--shots=1",
                        "--queries=1"],
@@ -99,6 +100,20 @@ CHECKS = {
         assert rates["rates.head/out/weight"].shape == (cfg.head_width,), "alike for all ways"
         with pytest.raises(UserError, match="a learned inner rate gets no gradient in first-order MAML"):
             train.main([*sys.argv[1:], "--out_dir=first", "--inner_lr=0.1"])
+        """,
+    "masked-word": """
+        source = train.build_sources(cfg, {"episodes"}, *train.load_data(cfg, True)[::2])["episodes"]
+        batch, decoder = source.batches[[0, 1]], checkpoint.load_model(state)
+        for kind, n in (("query", cfg.queries), ("all", cfg.shots + cfg.queries)):
+            learner = train.build_learner(replace(cfg, masked_word=kind), torch.float32, state["model"])
+            loss = learner("episodes", batch)[0]["meta"]
+            windows = torch.cat((batch.support, batch.query), dim=2)[:, :, -n:]
+            assert (windows[..., -1] == windows[0, 0, 0, -1]).all(), "they end at the mask"
+            logits = decoder(windows.flatten(0, 2))[:, -1]
+            words = batch.words.flatten().repeat_interleave(n)
+            assert loss.item() == pytest.approx(torch.nn.functional.cross_entropy(logits, words).item(), 1e-5)
+            passes = 3 * 2 * cfg.ways * n * (decoder.flops(cfg.window, True)[0] + decoder.flops(1)[1])
+            assert learner.flops("episodes", batch) == passes
         """,
     "qk-norm": """
         norms = [p for name, p in state["model"].items() if "q_norm" in name or "k_norm" in name]

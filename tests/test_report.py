@@ -216,7 +216,7 @@ def test_a_sweep_is_grouped_by_what_differs(tmp_path, given):
     cells = row(text, "validation loss, nats")
     assert len(cells) == 3 and cells[0] == f"2.626 (+{2.626 - 8 * 121**-0.3:.3f})"
     assert "begun" not in text and "In brackets: the difference from lr=0.3" in text
-    with pytest.raises(UserError, match="sort = 'size' is none of the columns run, group"):
+    with pytest.raises(UserError, match="sort = 'size' is not one of the columns run, group"):
         report.main([str(out), "--sort=size", f"--out={tmp_path}/x"])
 
 
@@ -432,7 +432,7 @@ def test_bad_input_is_reported_in_one_line(tmp_path, capsys, monkeypatch):
     for given, message in (([], "give the folders of runs"), ([",", a], "give the folders of runs"),
                            (["no/such"], "no/such holds no run with a validation loss in log.jsonl"),
                            ([f"{a},{a}"], "a run is named twice"),
-                           ([a, f"--out={a}/log.jsonl/x"], "log.jsonl"), ([a, "--out=."], "without ending"),
+                           ([a, f"--out={a}/log.jsonl/x"], "log.jsonl"), ([a, "--out=."], "extension"),
                            *(([folder], "log.jsonl, line 1: expected JSON with step") for folder in damaged)):
         monkeypatch.setattr(sys, "argv", ["report.py", *given])
         with pytest.raises(SystemExit) as end:

@@ -39,7 +39,7 @@ def test_what_a_run_reads_at_its_start_does_not_grow_with_the_corpus(tmp_path, t
     assert sequences[[0, last, 5 * last]].ids.shape == (3, 8)
     assert data.eval_sequences(validation["val"], 8, 64).ids.shape == (64, 8)
     episodes = data.Episodes(corpus, data.load_tokenizer(toy), ways=4, shots=2, queries=1, window=8, seed=1)
-    assert episodes.read_pieces(np.random.default_rng(0), 512).shape == (512, data.PIECE)
+    assert episodes.read_chunks(np.random.default_rng(0), 512).shape == (512, data.CHUNK)
     assert tracemalloc.get_traced_memory()[1] < 30e6
     tracemalloc.stop()
     refuses(lambda: corpus.check(2000), "outside the vocabulary of 2000")

@@ -199,8 +199,8 @@ def test_a_dataset_is_asked_for_its_subset_and_split(monkeypatch):
 @pytest.mark.parametrize("row, says", [
     ('{"txt": "x"}', "no 'text' field among txt"), ("{}", "no 'text' field"),
     ('{"text": 3}', "'text' is not text: 3"), ('{"text": {}}', "'text' is not text: {}"),
-    ("[", "no JSON object: '['; jq -c '.[]'"), ("[" * 900, "no JSON object"),
-    ("[" + '{"text": "x"}, ' * 100, "no JSON object"),  # an array of any size in one line
+    ("[", "not a JSON object: '['; jq -c '.[]'"), ("[" * 900, "not a JSON object"),
+    ("[" + '{"text": "x"}, ' * 100, "not a JSON object"),  # an array of any size in one line
     ('{"text": [1, true]}', "'text' holds True"), ('{"text": [null]}', "'text' holds None"),
     ('{"text": [1, -1]}', "'text' holds -1"), ('{"text": [1, 2.0]}', "'text' holds 2.0"),
     ('{"input_ids": [1, "a"]}', "'input_ids' holds 'a'"), ('{"input_ids": [1, 300]}', "300, not one of the"),

@@ -290,7 +290,7 @@ OTHER = "a run with other parameters or counters ("
     (lambda state: state.pop("digests"), "other data than"),
     (lambda state: state.pop("optimizer_options"), "other optimizers"),
     (lambda state: state["config"].update(imported_from="x"), "an imported model and not a run"),
-    (lambda state: state.update(step=5, config=state["config"] | {"d_model": "wide"}), "settings of no run"),
+    (lambda state: state.update(step=5, config=state["config"] | {"d_model": "wide"}), "invalid settings"),
     (lambda state: state["model"].update({"lm_head.weight": torch.ones(3)}), OTHER),
     (lambda state: state["model"].pop("lm_head.weight"), OTHER),
     (lambda state: state["optimizers"][0]["state"][0].update(exp_avg=torch.ones(3)), OTHER),

@@ -53,7 +53,7 @@ ZH, HI = "在图书馆学校天气今很好" * 50, "हिन्दी भाष
 
 @pytest.mark.parametrize("word_targets, text, words, says", [
     ("spaced", ZH, [], "no words between spaces: set word_targets = any"),
-    ("any", ZH, [], "0 different words are single tokens there, 0 of them too frequent, above 50 times"),
+    ("any", ZH, [], "0 different words are single tokens there, 0 of them too frequent, more than 50 times"),
     ("spaced", HI, [7] * 50, "1 different words are single tokens there, 0 of them too frequent"),
     ("spaced", HI, [7] * 51 + [8], "2 different words are single tokens there, 1 of them too frequent"),
 ])
