@@ -338,26 +338,37 @@ def scored(source):
             for line in lines if line["step"] == last_step(source)}
 
 
+def to_score(quick):
+    """(folder, row of FINE_TUNING) of the runs that do not have all of its scores."""
+    for source, corpus, arm, _, _ in final_runs(quick):
+        for row in FINE_TUNING[:2] if quick else FINE_TUNING:
+            results = itertools.product([row.mode], [row.train], row.shots, range(1, row.draws + 1), row.test)
+            if corpus == row.corpus and arm in row.arms and not scored(source) >= set(results):
+                yield source, row
+
+
 def ner(quick, folder):
     """Universal NER: fine-tuned in English or, as IN_LANGUAGE, on the train split of the language itself."""
-    rows = FINE_TUNING[:2] if quick else FINE_TUNING
-    for source, corpus, arm, _, _ in filter(lambda run: is_trained(run[0]), final_runs(quick)):
-        for row in rows:
-            results = itertools.product([row.mode], [row.train], row.shots, range(1, row.draws + 1), row.test)
-            if corpus != row.corpus or arm not in row.arms or scored(source) >= set(results):
-                continue
-            training = f" --lr={NER_RATES[row.mode]} --epochs={row.epochs} --patience={row.epochs}"
-            yield (f"python eval_ner.py {source} --data={shlex.quote(folder)} --train={row.train}"
-                   f" --test={','.join(row.test)} --mode={row.mode} --shots={','.join(map(str, row.shots))}"
-                   f" --seeds={row.draws}{training if row.epochs else ''}")
+    for source, row in filter(lambda pair: is_trained(pair[0]), to_score(quick)):
+        training = f" --lr={NER_RATES[row.mode]} --epochs={row.epochs} --patience={row.epochs}"
+        yield (f"python eval_ner.py {source} --data={shlex.quote(folder)} --train={row.train}"
+               f" --test={','.join(row.test)} --mode={row.mode} --shots={','.join(map(str, row.shots))}"
+               f" --seeds={row.draws}{training if row.epochs else ''}")
 
 
-def fetch(folder):
+def fetch(quick, folder):
     """Downloads the treebanks that are missing, so that no two commands do at the same time; no commands."""
-    treebanks.load(ENGLISH, "train", folder)
-    treebanks.load(",".join(EVERYWHERE), "test", folder)
-    for split in ("train", "dev"):
-        treebanks.load(",".join(f"{name}:{split}" for name in IN_LANGUAGE), split, folder)
+    rows = [row for _, row in to_score(quick)]
+    names = {f"{name}:test" for row in rows for name in row.test}
+    names |= {row.train if ":" in row.train else f"{row.train}:{split}"
+              for row in rows for split in ("train", "dev")}
+    if not rows:
+        print("NER is left out: nothing to score", file=sys.stderr)
+        return []
+    try:
+        treebanks.load(",".join(sorted(names)), "test", folder)
+    except config.UserError as error:
+        sys.exit(f"NER is left out: {error}")
     return []
 
 
@@ -368,5 +379,5 @@ if __name__ == "__main__":
         sys.exit()
     quick, folders = "--quick" in rest, [arg for arg in rest if arg != "--quick"]
     lines = {"search": search, "runs": lambda: runs(quick), "measure": lambda: measurements(quick),
-             "fetch": lambda: fetch(*folders), "ner": lambda: ner(quick, *folders)}[stage]()
-    print(*lines, sep="\n")
+             "fetch": lambda: fetch(quick, *folders), "ner": lambda: ner(quick, *folders)}[stage]()
+    sys.stdout.writelines([f"{line}\n" for line in lines])

@@ -1,15 +1,14 @@
-"""The tables and the figure of README.md, from logs/. run.sh calls it.
+"""The tables and the figure of README.md, from the files of evidence.py. run.sh calls it.
 
-    python results/tables.py results                  # fills README.md between its marks, draws figure.png
-    python results/tables.py results --collect=out    # first takes over what is finished in out/
+    python results/tables.py results                     # fills README.md between its marks, draws figure.png
+    python results/tables.py results --collect=out       # first takes over what is finished in out/
+    python results/tables.py out/quick/report --quick    # a new README.md: the tables that were run
 
 A run is compared with vanilla training of the same seed: same first weights, same text in the same order.
 """
 import itertools
-import json
 import math
 import re
-import shutil
 import sys
 from functools import cache, partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from scipy import optimize, stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import evidence  # noqa: E402
 import plan  # noqa: E402
 
 from nanomaml import drawing, phases  # noqa: E402
@@ -28,57 +28,13 @@ from nanomaml.stats import difference, markdown, mean_std, reach, speedup  # noq
 BASELINE = "share-0"
 NAMES = {"share-0": "vanilla", "share-5": "5%", "share-10": "10%", "share-25": "25%", "share-50": "50%",
          "late": "late, light", "half": "half as long"}
-MISSING = "not measured"
-NOT_COPIED = {  # what no table shows, to keep the logs small
-    "log.jsonl": "mfu|tok_per_s|data_wait|skipped|grad_norm|val/.*_unadapted|val/.*query_.*|final/.*_error",
-    "probes.jsonl": "entropy_nats/.*|tokens|flops|seconds",
-    "ner.jsonl": "checkpoint|per_type|f1_strict|precision|recall|dev_f1|sentences|words|label|bidirectional"
-                 "|lr|epochs?|patience|batch_size",
-}
+MISSING, NOT_RUN = "not measured", "*Not run yet.*"
+FOLDER = Path(__file__).parent  # main may set another
 
 
-# ---- logs ----
-
-
-def copy_lines(source, target):
-    """Copies a .jsonl with the digits that its numbers are good for: five, of probes four."""
-    left_out = re.compile(NOT_COPIED[source.name])
-    digits = 4 if source.name == "probes.jsonl" else 5
-
-    def rounded(value):
-        return float(f"{value:.{digits}g}") if isinstance(value, float) else value
-
-    lines = [{key: rounded(value) for key, value in json.loads(line).items() if not left_out.fullmatch(key)}
-             for line in source.read_text().splitlines()]
-    target.write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
-
-
-def collect(out, logs):
-    """Copies the logs of finished runs."""
-    rates = (f"rate-{rate}" for rate in plan.RATES)
-    kinds = ("books", "pydocs", "scarce", "foreign", "found", "scarce-search", *rates)
-    for folder in sorted(path.parent for kind in kinds for path in out.glob(f"{kind}/*/log.jsonl")):
-        settings = json.loads((folder / "config.json").read_text())
-        last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
-        if last["step"] < settings["max_steps"] or "final/mask_query_acc" not in last:
-            continue
-        target = logs / folder.relative_to(out)
-        target.mkdir(parents=True, exist_ok=True)
-        shutil.copy(folder / "config.json", target)
-        for name in NOT_COPIED:
-            if (folder / name).exists() and (name != "probes.jsonl" or settings["max_steps"] > 0):
-                copy_lines(folder / name, target / name)
-
-
-LOGS = Path(__file__).with_name("logs")  # main may set another folder
-
-
-@cache
 def runs(corpus, arm):
     """The finished runs of an arm, by seed."""
-    folders = [path.parent for path in LOGS.glob(f"{corpus}/{arm}-*/log.jsonl")]
-    folders = [folder for folder in folders if re.fullmatch(re.escape(arm) + r"-\d+", folder.name)]
-    return sorted((finished.read_run(folder) for folder in folders), key=lambda run: run["seed"])
+    return evidence.read(FOLDER).get((corpus, arm), [])
 
 
 # ---- statistics ----
@@ -181,9 +137,8 @@ def heads_that_rise_and_fall(run):
 def at_rates(key, *rates):
     """The best value of a metric over inner rates; nan unless it was measured at each of them."""
     def measure(run):
-        arm = run["path"].name.rpartition("-")[0]
         found = {run["config"]["inner_lr"]: last(key)(run)}
-        found |= {rate: last(key)(other) for rate in rates for other in runs(f"rate-{rate}", arm)
+        found |= {rate: last(key)(other) for rate in rates for other in runs(f"rate-{rate}", run["arm"])
                   if other["seed"] == run["seed"]}
         return max(found.get(rate, math.nan) for rate in rates)
 
@@ -204,7 +159,7 @@ def ner(mode, shots, tests, train=plan.ENGLISH, draws=None):
     def measure(run):
         scores = {(line["shots"], line["test"], line["seed"]): 100 * line["f1"] for line in run["ner"]
                   if (line["mode"], line["train"], line["step"]) == (mode, train, run["config"]["max_steps"])}
-        return np.mean([scores.get(key, math.nan) for key in wanted])  # of two results the later counts
+        return np.mean([scores.get(key, math.nan) for key in wanted])
 
     return measure
 
@@ -262,18 +217,16 @@ def found_table():
     runs_of = {name: runs("found", name) for name in plan.SEARCH}
     base = [measure(runs_of["vanilla"][0]) for _, measure, _ in measures] if runs_of["vanilla"] else []
     rows = [["", *(label.removeprefix("accuracy on held-out ") for label, _, _ in measures)]]
-    for name in plan.SEARCH:
-        cells = [MISSING] * len(measures)
-        if base and runs_of[name]:
-            sign = "" if name == "vanilla" else "+"
-            cells = [format(measure(runs_of[name][0]) - (value if sign else 0), sign + form)
-                     for (_, measure, form), value in zip(measures, base)]
-        rows.append([name, *cells])
+    for name in filter(runs_of.get, plan.SEARCH if base else ()):
+        sign = "" if name == "vanilla" else "+"
+        rows.append([name, *(format(measure(runs_of[name][0]) - (value if sign else 0), sign + form)
+                             for (_, measure, form), value in zip(measures, base))])
     return markdown(rows)
 
 
-def flags_table(variants):
-    rows = [[name, f"`{' '.join(plan.merged(flags))}`"] for name, flags in variants.items()]
+def flags_table(corpus, variants):
+    rows = [[name, f"`{' '.join(plan.merged(flags))}`"] for name, flags in variants.items()
+            if runs(corpus, name)]
     return markdown([["", "flags"], *rows], right=False)
 
 
@@ -354,7 +307,7 @@ def phases_table(corpus, arms):
     The last column is of all runs that there are, of these arms and all others.
     """
     groups = {named(arm): runs(corpus, arm) for arm in arms}
-    groups["all runs"] = [finished.read_run(path.parent) for path in sorted(LOGS.glob("*/*/probes.jsonl"))]
+    groups["all runs"] = sum(evidence.read(FOLDER).values(), [])
     rows = [["", *groups]]
     curves = [finished.layer_curves(group) for group in groups.values()]
     kinds = {kind: finished.LABELS[kind] for kind in curves[0]}
@@ -411,7 +364,7 @@ def training_curve(run, mixed):
     for line in run["log"]:
         share = line.get("share/episodes", 0.0) if mixed else 0.0
         parts = [(1 - share, line.get("train/loss")), (share, line.get("meta/query_loss"))]
-        if "lr" in line and all(loss is not None for weight, loss in parts if weight > 0):
+        if all(loss is not None for weight, loss in parts if weight > 0):
             steps.append(line["step"])
             losses.append(sum(weight * loss for weight, loss in parts if weight > 0))
     return np.array(steps[4:], float), np.convolve(losses, np.ones(5) / 5, "valid")
@@ -549,9 +502,9 @@ def tables():
         "mixed": mixed_table("books", mixed),
         "published": values_table("books", [BASELINE, *published], [LOSS, *QUERIES, *at_best_rate, *PROBES]),
         "found": found_table(),
-        "found-flags": flags_table(plan.SEARCH),
+        "found-flags": flags_table("found", plan.SEARCH),
         "found-scarce": values_table("scarce-search", list(plan.SCARCE_SEARCH), losses),
-        "found-scarce-flags": flags_table(plan.SCARCE_SEARCH),
+        "found-scarce-flags": flags_table("scarce-search", plan.SCARCE_SEARCH),
         "ner": ner_table("books", ner_columns, ner_summary()),
         "ner-sizes": ner_table("books", ner_columns, ner_rows(
             (mode, (n,), f"{n} sentences") for mode in ("head", "full") for n in plan.FEW)),
@@ -569,23 +522,36 @@ def tables():
     }
 
 
-def main(folder, collect_from=""):
-    global LOGS
-    LOGS = Path(folder, "logs")
-    if collect_from:
-        collect(Path(collect_from.removeprefix("--collect=")), LOGS)
-    path = Path(folder, "README.md")
-    text = path.read_text()
+def outline(text):
+    """A README.md without prose: the tables that were run, headings and questions over them, the figure."""
+    figure = r"|!\[.*" if runs("books", BASELINE) else ""
+    parts = rf"^(?:#+ .*|\*\*[^*\n]*\?\*\*|<!-- [\w-]+ -->\n(?s:.*?)<!-- end -->{figure})"
+    kept, below = [], 0  # from the last; below: the level of the last one kept: 7 of a question, 8 of a table
+    for part in reversed(re.findall(parts, text, re.M)):
+        level = {"#": part.find(" "), "*": 7}.get(part[0], 8)
+        if NOT_RUN not in part and (level == 8 or level < below):
+            kept.append(part)
+            below = level
+    return "\n\n".join(reversed(kept)) + "\n"
+
+
+def main(folder, *options):
+    global FOLDER
+    FOLDER, quick = Path(folder), "--quick" in options
+    for option in options:
+        if option.startswith("--collect="):
+            evidence.collect(Path(option.removeprefix("--collect=")), FOLDER)
+    text = (Path(__file__).parent if quick else FOLDER).joinpath("README.md").read_text()
     for name, table in tables().items():
         before, mark, rest = text.partition(f"<!-- {name} -->\n")
         cells = [cell for line in table.splitlines()[2:] for cell in line.split("|")[2:-1]]
         if all(cell.strip() in ("", MISSING, "0 of 0") for cell in cells):
-            table = "*Not run yet.*"
+            table = NOT_RUN
         if mark:
             text = before + mark + table + "\n" + rest[rest.index("<!-- end -->"):]
-    path.write_text(text)
+    (FOLDER / "README.md").write_text(outline(text) if quick else text)
     if runs("books", BASELINE):
-        figure().savefig(path.with_name("figure.png"))
+        figure().savefig(FOLDER / "figure.png")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""results/: equal FLOPs, the power of a test, and tables that are those of the committed logs."""
+"""results/: equal FLOPs, the power of a test, and tables that are those of the committed evidence."""
+import csv
+import gzip
 import json
 import math
 import shutil
@@ -9,13 +11,24 @@ import numpy as np
 import pytest
 
 from nanomaml import phases
-from nanomaml.files import read_jsonl
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-LOGS = RESULTS / "logs"
 sys.path.insert(0, str(RESULTS))
 plan = pytest.importorskip("plan")
 tables = pytest.importorskip("tables", reason="needs scipy of requirements-dev.txt")
+evidence = tables.evidence
+
+
+def lines(name, **columns):
+    """The lines of a file of evidence that have these texts in these columns, read without evidence.py."""
+    with (gzip.open if name.endswith(".gz") else open)(RESULTS / name, "rt") as file:
+        return [line for line in csv.DictReader(file) if columns.items() <= line.items()]
+
+
+def test_the_evidence_is_small():
+    """It once was 525 files and 7 MB."""
+    files = [path for path in RESULTS.rglob("*") if path.is_file() and path.parent.name != "__pycache__"]
+    assert len(files) <= 15 and sum(path.stat().st_size for path in files) < 1_000_000
 
 
 def test_the_power_is_that_of_simulated_experiments():
@@ -25,22 +38,64 @@ def test_the_power_is_that_of_simulated_experiments():
         assert np.mean(abs(t) > tables.stats.t.isf(0.025, n - 1)) == pytest.approx(0.8, abs=0.005)
 
 
-def test_the_final_runs_have_equal_flops_and_small_logs():
+def test_the_final_runs_have_equal_flops():
     """As log.jsonl counted them while they ran, not as the plan did before."""
-    logs = [log for corpus in ("books", "pydocs", "scarce") for log in LOGS.glob(f"{corpus}/*/log.jsonl")]
-    flops = {log.parent: read_jsonl(log, "step")[-1]["flops"] for log in logs}
-    for run, value in flops.items():
-        whole = value * (2 if "half" in run.name else 1)
-        assert whole == pytest.approx(flops[LOGS / "books" / "share-0-1"], rel=2e-3), run
-    assert len(flops) > 5 and sum(path.stat().st_size for path in LOGS.rglob("*.jsonl")) < 5_000_000
+    final = [run for corpus in ("books", "pydocs", "scarce") for run in lines("runs.csv", corpus=corpus)]
+    [vanilla] = lines("runs.csv", corpus="books", arm="share-0", seed="1")
+    for run in final:
+        whole = int(run["flops"]) * (2 if "half" in run["arm"] else 1)
+        assert whole == pytest.approx(int(vanilla["flops"]), rel=2e-3), run
+    assert len(final) > 5
 
 
 @pytest.mark.parametrize("arm", ["share-0", "share-50", pytest.param("best", marks=pytest.mark.slow)])
 def test_the_plan_gives_the_updates_that_had_equal_flops(arm):
-    """Of the committed runs, whose logs the test above compares."""
-    config = json.loads((LOGS / "books" / f"{arm}-1" / "config.json").read_text())
+    """Of the committed runs, which the test above compares."""
+    [run] = lines("runs.csv", corpus="books", arm=arm, seed="1")
     flags = next(flags for corpus, name, flags, _ in plan.RUNS if (corpus, name) == ("books", arm))
-    assert plan.updates(plan.merged(flags), plan.STEPS) == config["max_steps"]
+    assert plan.updates(plan.merged(flags), plan.STEPS) == int(run["step"])
+
+
+def write_run(folder, max_steps, loss):
+    """A folder of out/ whose run has made two updates."""
+    settings = {"out_dir": str(folder), "seed": 1, "max_steps": max_steps, "meta_share": 0.1, "inner_lr": 0.1}
+    at = {"tokens": 4096, "flops": 123456789, "seconds": 1.5}
+    final = {"final/mask_query_acc": 0.3, "final/mask_query_acc_error": 0.0123456} if max_steps == 2 else {}
+    score = {"step": 2, "mode": "full", "train": "en_ewt:dev", "test": "en_pud", "shots": 8, "per_type": {},
+             "precision": 0.5, "recall": 0.25}
+    files = {"log": [{"step": 0, "val/loss": 8.0, **at}, {"step": 1, "train/loss": 7.5, "mfu": 0.5, **at},
+                     {"step": 2, "val/loss": loss, **at, **final}],
+             "probes": [{"step": step, "rank/resid/00": 123.456, **at} for step in (0, 2)],
+             "ner": [score | {"seed": draw, "f1": f1} for draw, f1 in ((10, 0.1), (2, 0.3), (10, 0.2))]}
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(settings))
+    for name, of_file in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in of_file))
+
+
+def test_collected_runs_say_what_their_logs_said_and_stay(tmp_path):
+    """One that is still going is left out; what was collected stays, so do scores if `out` has none; the same
+    runs give the same bytes."""
+    for name, *run in (("a/books/share-10-1", 2, 6.54321987), ("a/books/late-2", 3, 6.0),
+                       ("b/books/late-1", 2, 5.0), ("c/books/late-1", 2, 4.0)):
+        write_run(tmp_path / name, *run)
+    kept = []
+    (tmp_path / "c/books/late-1/ner.jsonl").unlink()
+    for out in ("a", "b", "c", "a"):
+        evidence.collect(tmp_path / out, tmp_path / "kept")
+        kept.append([(tmp_path / "kept" / name).read_bytes() for name in evidence.FILES])
+    assert kept[1] != kept[2] == kept[3]
+    found = evidence.read(tmp_path / "kept")
+    assert {of: [tables.last("val/loss")(run) for run in group] for of, group in found.items()} == {
+        ("books", "late"): [4.0], ("books", "share-10"): [6.5432]}
+    assert len(found["books", "late"][0]["ner"]) == 2
+    [run] = found["books", "share-10"]
+    assert tables.last("final/mask_query_acc_error")(run) == 0.012346
+    assert tables.finished.layer_curves([run])["rank/resid"]["00"][0].tolist() == [[0, 2], [123.5, 123.5]]
+    assert [[line[key] for key in ("seed", "f1", "precision", "recall")] for line in run["ner"]] == [
+        [2, 0.3, 0.5, 0.25], [10, 0.2, 0.5, 0.25]]
+    assert b",--max_steps=2 --meta_share=0.1,0.1,0.1,2,4096,123456789,1.5," in kept[3][0]
+    assert b"mfu" not in kept[3][0]
 
 
 def test_quick_runs_read_episodes(monkeypatch):
@@ -52,9 +107,9 @@ def test_quick_runs_read_episodes(monkeypatch):
 
 
 def test_a_cell_of_differences_is_a_paired_test_by_seed():
-    """Read from the logs and tested by scipy; a run of one arm alone does not count."""
-    losses = [{int(log.parent.name[-1]): json.loads(log.read_text().splitlines()[-1])["val/loss"]
-               for log in LOGS.glob(f"books/{arm}-?/log.jsonl")} for arm in ("share-50", "share-0")]
+    """Read from runs.csv and tested by scipy; a run of one arm alone does not count."""
+    losses = [{run["seed"]: float(run["val/loss"]) for run in lines("runs.csv", corpus="books", arm=arm)}
+              for arm in ("share-50", "share-0")]
     ours, theirs = ([found[seed] for seed in sorted(losses[0].keys() & losses[1].keys())] for found in losses)
     difference, p = np.mean(ours) - np.mean(theirs), tables.stats.ttest_rel(ours, theirs).pvalue
     cell = tables.compared("books", "share-50", tables.LOSS[1], ".3f")
@@ -104,13 +159,15 @@ def test_only_finished_runs_are_measured(tmp_path):
 
 
 def test_what_was_gained_again_is_that_of_the_raw_scores():
-    """By draw and by treebank, of each new seed: computed from ner.jsonl without tables.py."""
+    """By draw and by treebank, of each new seed: computed from ner.csv.gz without tables.py."""
     def mean(arm, seed, draws, tests):
-        lines = read_jsonl(LOGS / "books" / f"{arm}-{seed}" / "ner.jsonl", "step")
-        found = [100 * line["f1"] for line in lines if line["seed"] in draws and line["test"] in tests]
+        found = [100 * float(line["f1"]) for line in again
+                 if (line["arm"], line["seed"]) == (arm, str(seed))
+                 and int(line["draw"]) in draws and line["test"] in tests]
         assert len(found) == 3 * len(draws) * len(tests)  # 8, 32 and 128 sentences
         return np.mean(found)
 
+    again = lines("ner.csv.gz", corpus="books")
     zero_shot = ["da_ddt", "hr_set", "pt_bosque", "sk_snk", "ceb_gja", "tl_trg"]
     rows = {"draws 4 to 8": (range(4, 9), zero_shot), "tl_trg": (range(1, 9), ["tl_trg"])}
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables.again_table().splitlines()]
@@ -156,18 +213,49 @@ def test_heads_are_counted_one_by_one():
 
 def test_tables_without_any_run_say_so(tmp_path, monkeypatch):
     """Bug: of tables of NER without a run, each cell said so, and that of no model "not"."""
-    monkeypatch.setattr(tables, "LOGS", tables.LOGS)  # main sets it
-    monkeypatch.setattr(tables, "runs", lambda corpus, arm: [])
-    names = ("dose", "mixed", "ner", "ner-again", "phases", "scarce")
+    monkeypatch.setattr(tables, "FOLDER", tables.FOLDER)  # main sets it
+    names = ("dose", "mixed", "found", "found-flags", "ner", "ner-again", "phases", "scarce")
     (tmp_path / "README.md").write_text("".join(f"<!-- {name} -->\n<!-- end -->\n" for name in names))
     tables.main(tmp_path)
-    assert (tmp_path / "README.md").read_text().count("*Not run yet.*") == len(names)
+    assert (tmp_path / "README.md").read_text().count(tables.NOT_RUN) == len(names)
+
+
+def test_a_quick_report_shows_what_was_run(tmp_path, monkeypatch):
+    """Bug: without the texts of "books" 17 of its tables said "Not run yet."."""
+    monkeypatch.setattr(tables, "FOLDER", tables.FOLDER)
+    for name in evidence.FILES:
+        table = evidence.read_table(RESULTS / name)
+        evidence.write_table(tmp_path / name, {run: table[run] for run in table if run[0] == "pydocs"})
+    tables.main(tmp_path, "--quick")
+    text = (tmp_path / "README.md").read_text()
+    assert [line for line in text.splitlines() if line and not line.startswith("|")] == [
+        "# Does meta-learning pay, at equal compute?",
+        "## The claims, one by one",
+        "**Two to three points more F1 on Universal NER?**", "<!-- ner-pydocs -->", "<!-- end -->",
+        "**Perplexity of other domains worse?**", "<!-- pydocs -->", "<!-- end -->"]
+
+
+def test_without_treebanks_ner_is_left_out_in_one_line(tmp_path, monkeypatch):
+    """Bugs: a traceback; and treebanks that no run needs, as those of "pydocs" in a quick report."""
+    def offline(url, path):
+        raise plan.treebanks.Offline(f"{path} is missing")
+
+    monkeypatch.setattr(plan.treebanks, "download", offline)
+    for corpus, fails in (("pydocs", False), ("books", True)):
+        run = (str(tmp_path / "run"), corpus, "share-50", 1, [])
+        monkeypatch.setattr(plan, "final_runs", lambda quick, run=run: [run])
+        if fails:
+            with pytest.raises(SystemExit, match=r"^NER is left out: .*\.iob2 is missing$"):
+                plan.fetch(True, tmp_path)
+        else:
+            assert plan.fetch(True, tmp_path) == []
 
 
 @pytest.mark.slow
-def test_the_tables_are_those_of_the_logs(tmp_path):
-    shutil.copy(RESULTS / "README.md", tmp_path)
-    (tmp_path / "logs").symlink_to(LOGS)
+def test_the_tables_are_those_of_the_evidence(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "FOLDER", tables.FOLDER)
+    for name in ("README.md", *evidence.FILES):
+        shutil.copy(RESULTS / name, tmp_path)
     tables.main(tmp_path)
     assert (tmp_path / "README.md").read_text() == (RESULTS / "README.md").read_text()
     assert (tmp_path / "figure.png").stat().st_size > 10_000
