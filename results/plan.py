@@ -177,6 +177,7 @@ SEARCH = {
     "batch32x8-1": [*BATCH, *WIDE, "--meta_weight=1", "--episodes=8"],
     **{f"word-{windows}-{weight}": [HALF, f"--masked_word={windows}", f"--meta_weight={weight}"]
        for windows in ("query", "all") for weight in (0.1, 0.5, 1)},  # hypotheses.md, 1
+    **{f"half-{weight}": [HALF, f"--meta_weight={weight}"] for weight in (0, 0.1, 0.5)},
 }
 
 
