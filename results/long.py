@@ -1,4 +1,4 @@
-# On top of configs/demo.py: 10 M tokens of next-token prediction, or as many FLOPs; README.md tells why.
+# On top of configs/demo.py: 10 M tokens of next-token prediction, or as many FLOPs; details.md says why.
 max_steps = 2442  # x 4,096 tokens, of a vanilla run; plan.py gives the others as many FLOPs
 lr = 2e-3  # of 1e-3, 2e-3 and 4e-3 the best for vanilla training, at a sixth of this length
 warmup_steps = 100

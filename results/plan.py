@@ -34,6 +34,7 @@ RECIPES = {"--episodes_from": "batch-episodes", "--query_lm": "query-lm", "--met
 FILES = ["configs/demo.py", "results/long.py"]
 STEPS, SEARCH_STEPS = 2442, 407
 SEEDS = (1, 2, 3)
+AGAIN = (5, 6)  # to see again what NER gained with seeds 1 to 4
 RATES = (0.01, 0.03, 0.1, 0.3)  # of the inner loop, at which adaptation is measured again
 
 
@@ -215,24 +216,25 @@ DOSES = {f"share-{percent}": [f"--meta_share={percent / 100}"] for percent in (0
 # first update on; warm-up over 2,500 of 6,000 updates.
 PUBLISHED = [HALF, "--meta_weight=1", "--meta_start=0", "--ways=32", "--queries=1",
              "--head_layers=4", "--head_start=random", "--warmup_steps=1018"]
-BEST = [*MANY, "--meta_weight=0.05"]  # by the search
+BATCHED = [*MANY, "--meta_weight=0.05"]  # by the search
 LATE = [TENTH, "--meta_start=1221", "--meta_weight=0.1"]  # by the search the cheapest adaptation at the mask
+META = {"0": VANILLA, "50": DOSES["share-50"], "weight0": [HALF, "--meta_weight=0"],  # hypotheses.md, 1
+        "word": [HALF, "--masked_word=query", "--meta_weight=0.1"]}
 RUNS = [  # corpus, arm, flags, seeds
-    *[("books", arm, DOSES[arm], (*SEEDS, 4)) for arm in ("share-0", "share-10", "share-50")],
+    *[("books", arm, DOSES[arm], (*SEEDS, 4, *AGAIN)) for arm in ("share-0", "share-50")],
+    ("books", "share-10", DOSES["share-10"], (*SEEDS, 4)),
     *[("books", arm, DOSES[arm], SEEDS[:1]) for arm in ("share-5", "share-25")],
     ("books", "late", LATE, SEEDS),
-    ("books", "half", VANILLA, SEEDS),  # half as long: about as much text as share-50 reads
-    ("books", "best", BEST, SEEDS),
+    ("books", "half", VANILLA, (*SEEDS, *AGAIN)),  # half as long: about as much text as share-50 reads
+    ("books", "batch", BATCHED, SEEDS),
     ("books", "published-0.001", [*PUBLISHED, "--inner_lr=0.001"], SEEDS[:1]),
     ("books", "published-0.01", [*PUBLISHED, "--inner_lr=0.01"], SEEDS[:1]),
     ("books", "published-vanilla", [*VANILLA, "--warmup_steps=1018"], SEEDS[:1]),
-    ("books", "again-0", VANILLA, (5, 6)),  # whether what NER gained with seeds 1 to 4 comes again
-    ("books", "again-50", DOSES["share-50"], (5, 6)),
-    ("books", "again-half", VANILLA, (5, 6)),
+    *[("books", f"meta-{arm}", flags, range(21, 27)) for arm, flags in META.items()],
     ("scarce", "share-0", VANILLA, SEEDS),
     ("scarce", "share-50", DOSES["share-50"], SEEDS),
     ("scarce", "half", VANILLA, SEEDS),
-    ("scarce", "best", BEST, SEEDS),
+    ("scarce", "batch", BATCHED, SEEDS),
     ("pydocs", "share-0", VANILLA, SEEDS),
     ("pydocs", "share-50", DOSES["share-50"], SEEDS),
     ("pydocs", "half", VANILLA, SEEDS),
@@ -289,11 +291,11 @@ def measurements(quick):
         for name in SEARCH:  # all of the validation text, and the same inner loop for all
             yield from measurement(f"out/found/{name}-11", "search", f"out/search/{name}", 11,
                                    "--eval_sequences=700")
-    for source, corpus, arm, seed, _ in final_runs(quick):
+    for source, corpus, _, seed, _ in final_runs(quick):
         if corpus == "pydocs" and Path("data/books-by-pydocs").exists():
             out_dir = source.replace("pydocs", "foreign")
             yield from measurement(out_dir, "books-by-pydocs", source, seed)
-        if corpus == "books" and not arm.startswith("again"):  # one rate may not be the best of every arm
+        if corpus == "books" and seed <= 4:  # one rate may not be the best of every arm
             for rate in RATES:
                 out_dir = source.replace("books", f"rate-{rate}")
                 yield from measurement(out_dir, corpus, source, seed, f"--inner_lr={rate}")
@@ -303,7 +305,7 @@ IN_LANGUAGE = ("da_ddt", "hr_set", "pt_bosque", "sk_snk")
 EVERYWHERE = ("en_ewt", "en_pud", *IN_LANGUAGE, "ceb_gja", "tl_trg")
 ENGLISH = "en_ewt:dev"  # 1,801 sentences of English, on which models are fine-tuned
 NER_RATES = {"majority": None, "head": 0.03, "full": 3e-4}  # learning rates
-WITH_ALL = ("share-0", "share-50", "best")
+WITH_ALL = ("share-0", "share-50", "batch")
 SCORED = (*WITH_ALL, "share-10", "late", "half")
 FEW = (8, 32, 128)
 
@@ -317,6 +319,7 @@ class FineTuning(NamedTuple):
     shots: tuple  # numbers of sentences; 0: all
     draws: int  # of so many sentences
     epochs: int
+    seeds: object = (*SEEDS, 4)
 
 
 FINE_TUNING = [FineTuning(*row) for row in (
@@ -327,7 +330,8 @@ FINE_TUNING = [FineTuning(*row) for row in (
     *[("books", WITH_ALL, "head", name, (name,), (32, 0), 3, 50) for name in IN_LANGUAGE],
     *[("books", WITH_ALL, "full", name, (name,), (1000,), 1, 10) for name in IN_LANGUAGE],
     ("pydocs", ("share-0", "share-50", "half"), "full", ENGLISH, EVERYWHERE, FEW, 3, 30),
-    ("books", ("again-0", "again-50", "again-half"), "full", ENGLISH, EVERYWHERE, FEW, 8, 30),
+    ("books", ("share-0", "share-50", "half"), "full", ENGLISH, EVERYWHERE, FEW, 8, 30, AGAIN),
+    ("books", tuple(f"meta-{arm}" for arm in META), "full", ENGLISH, EVERYWHERE, FEW, 8, 30, range(21, 27)),
 )]
 
 
@@ -341,10 +345,11 @@ def scored(source):
 
 def to_score(quick):
     """(folder, row of FINE_TUNING) of the runs that do not have all of its scores."""
-    for source, corpus, arm, _, _ in final_runs(quick):
+    for source, corpus, arm, seed, _ in final_runs(quick):
         for row in FINE_TUNING[:2] if quick else FINE_TUNING:
             results = itertools.product([row.mode], [row.train], row.shots, range(1, row.draws + 1), row.test)
-            if corpus == row.corpus and arm in row.arms and not scored(source) >= set(results):
+            is_meant = corpus == row.corpus and arm in row.arms and seed in row.seeds
+            if is_meant and not scored(source) >= set(results):
                 yield source, row
 
 

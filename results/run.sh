@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that README.md beside this file shows: data, runs, measurements, tables. The same command again goes
+# Everything that README.md and details.md beside this file show: data, runs, measurements, tables. The same command again goes
 # on where it was stopped; what is finished is not run again. Needs requirements-dev.txt (scipy).
 #
 #   bash results/run.sh              # about eighteen hours on two cores of a server
@@ -30,7 +30,7 @@ if compgen -G "$corpus/*.val.txt" > /dev/null; then
   prepare scarce-search --source="$corpus/state_union.train.txt" --max_tokens=200000 \
     --val="$corpus/state_union.val.txt"
 else
-  echo "$corpus has no *.train.txt and *.val.txt (results/README.md): pydocs alone is run" >&2
+  echo "$corpus has no *.train.txt and *.val.txt (results/details.md): pydocs alone is run" >&2
 fi
 
 if [ "${1:-}" = --quick ]; then

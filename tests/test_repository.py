@@ -15,7 +15,7 @@ PLUMBING = {f"nanomaml.{path.stem}": ast.parse(path.read_text(encoding="utf-8"))
             for path in ROOT.glob("nanomaml/*.py") if path.stem != "__init__"}
 MODULES = COMMANDS | PLUMBING
 DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("recipes/*.md")),
-             ROOT / "results" / "README.md"]
+             *sorted(ROOT.glob("results/*.md"))]
 
 
 def imports(tree):
