@@ -19,6 +19,7 @@ Shapes: E episodes, N ways, K shots, Q queries, M = K + Q windows of a word, T p
 import itertools
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -41,7 +42,9 @@ class AdaptationTest:
 
     def __init__(self, cfg, validation, tokenizer):
         self.cfg, self.pools = cfg, {}  # {prefix: windows (words, M, T + 1), which end at the mask}
-        self.lacks = "the tokenizer of the data is not available"  # why there are no pools
+        self.lacks = "eval_episodes = 0"  # why there are no pools
+        if cfg.eval_episodes > 0:
+            self.lacks = "the tokenizer of the data is not available"
         if tokenizer is None or cfg.eval_episodes == 0:
             return
         corpus = data.Corpus([path for split in validation.values() for path in split.paths])
@@ -141,7 +144,8 @@ def main(argv):
         state = checkpoint.load(folder)
         require("eval_ways" in state["config"], f"{folder} holds no run of train.py")
         cfg = SimpleNamespace(**state["config"])
-        tokenizer = data.load_tokenizer(folder, cfg.vocab_size)
+        run = Path(folder) if Path(folder).is_dir() else Path(folder).parent
+        tokenizer = data.load_tokenizer(run, cfg.vocab_size)
         test = AdaptationTest(cfg, data.open_corpus(cfg.data)[1], tokenizer)
         line = {"run": folder, "step": state["step"]}
         line |= test.final(checkpoint.load_model(state), torch.float32)

@@ -57,7 +57,7 @@ class Config(config.Settings):
     batch_size: Count = 16  # sentences per batch; one longer than the context counts once per window
     label: Label = "first"  # sub-token at which a word is read: first (as published) or last (sees it whole)
     wandb: Wandb = "disabled"  # disabled, offline or online
-    wandb_project: str = "nanomaml"  # wandb project
+    wandb_project: str = "nanomaml"  # name of the project there
     device: str = "auto"  # auto: cuda, else mps, else cpu; or a name like cuda:1
     dtype: Dtype = "auto"  # of matrix products: bfloat16 or float32; auto: bfloat16 where the hardware has it
 

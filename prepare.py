@@ -3,7 +3,7 @@
     python prepare.py --out=data/mine --source=corpus/             # .txt, .md, .jsonl, .parquet; .gz, .zst
     python prepare.py --out=data/mine --source=a.txt,b.jsonl.gz --val=news.txt,blogs.txt --vocab_size=8192
     python prepare.py --out=data/fineweb --source=HuggingFaceFW/fineweb-edu:sample-10BT \\
-        --max_tokens=4_000_000_000 --tokenizer=gpt2                # streamed; pip install datasets
+        --max_tokens=3_200_000_000 --tokenizer=gpt2                # streamed; pip install datasets
     python prepare.py                                              # this installation's own documentation
 
 The folder then holds train_000000.bin, ..., val_000000.bin (or val_<domain>_000000.bin), tokenizer.json and
@@ -163,8 +163,16 @@ def make_tokenizer(cfg):
     if cfg.tokenizer == "train":
         documents = read_sources(cfg, sources.split_list(cfg.source), characters=TOKENIZER_CHARACTERS)
         return train_tokenizer(documents, cfg.vocab_size)
-    is_here = cfg.tokenizer == "gpt2" or Path(cfg.tokenizer, "tokenizer.json").exists()
-    return load_tokenizer(cfg.tokenizer if is_here else tokenizers.download(cfg.tokenizer), MAX_IDS)
+    source = cfg.tokenizer
+    if source != "gpt2":
+        source = source if Path(source).exists() else tokenizers.download(source)
+        require(Path(source).is_file() or Path(source, "tokenizer.json").exists(),
+                f"tokenizer = {cfg.tokenizer!r}: there is no tokenizer.json in {source}; AutoTokenizer's "
+                "save_pretrained writes one")
+    tokenizer = load_tokenizer(source)
+    require(tokenizer.n_vocab <= MAX_IDS,
+            f"tokenizer = {cfg.tokenizer!r} has {tokenizer.n_vocab} ids; bins are uint16 and hold {MAX_IDS}")
+    return tokenizer
 
 
 def own_files(folder):

@@ -138,7 +138,8 @@ def print_results(cfg, corpus, learner, tokenizer, eval_batches, metrics):
             print(f"          final query accuracy, {words}: {at} at the mask, {before} before the word; "
                   f"chance {1 / metrics[f'final/{kind}ways']:.3f}")
     if cfg.meta_share > 0:
-        print("          compare with a run of configs/vanilla.py to see what episodes bring")
+        print("          what episodes bring: compare with the same command plus configs/vanilla.py "
+              "--out_dir=...")
     if tokenizer is not None:
         device = learner.decoder.lm_head.weight.device
         prompt = next(iter(eval_batches.values())).ids[:1, :8].to(device)

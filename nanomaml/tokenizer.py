@@ -43,13 +43,13 @@ def hugging_face_tokenizer(content):
 def hugging_face_spec(folder):
     """The content of our tokenizer.json, made from a Hugging Face folder's and the files beside it."""
     folder = Path(folder)
-    content, settings, model = (
+    content, settings, special, model = (
         files.parse((folder / name).read_bytes()) if (folder / name).exists() else None
-        for name in ("tokenizer.json", "tokenizer_config.json", "config.json"))
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json"))
     require(content is not None, f"cannot read a JSON object from {folder / 'tokenizer.json'} (a pico "
             "model's tokenizer is allenai/OLMo-7B-0724-hf's: ids of another would run and mean nothing)")
     content |= {"truncation": None, "padding": None}
-    settings, model = settings or {}, model or {}
+    settings, model = (special or {}) | (settings or {}), model or {}
     settings.pop("auto_map", None)  # custom code
     known, ids = hugging_face_tokenizer(content), {}
     for key in ("bos_token", "eos_token", "pad_token"):
@@ -74,7 +74,8 @@ def download(name):
         raise UserError(f"there is no {name}/tokenizer.json; to look for {name} on the Hugging Face hub, "
                         "pip install huggingface_hub") from None
     try:
-        return snapshot_download(name, allow_patterns=["tokenizer*.json", "config.json"])
+        return snapshot_download(name, allow_patterns=[
+            "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json"])
     except Exception as error:  # network, name, access: whatever the library raises
         raise UserError(f"neither {name}/tokenizer.json nor the Hugging Face hub has that tokenizer: "
                         f"{type(error).__name__}: {one_line(error, 200)}") from None
@@ -98,8 +99,16 @@ class HuggingFaceTokenizer:
         self.mask_id = vocabulary.get(SPECIAL[1], self.n_vocab)
 
     def encode(self, text, allowed_special="all"):
-        """The ids of a text from its beginning: special tokens read as such, those that begin one added."""
-        return self.special.encode(text).ids
+        """The ids of a text that begins here and goes on: special tokens, <|mask|> too, are read as such, and
+        of those that the tokenizer adds, only those before the text stay.
+        """
+        first, *rest = text.split(SPECIAL[1])
+        whole, ids = self.special.encode(first).ids, self.special.encode(first, add_special_tokens=False).ids
+        start = next(n for n in range(len(whole) + 1) if whole[n:n + len(ids)] == ids)
+        ids = whole[:start] + ids
+        for part in rest:
+            ids += [self.mask_id, *self.special.encode(part, add_special_tokens=False).ids]
+        return ids
 
     def encode_ordinary(self, text):
         # A batch of one, since `encode` blocks other threads of Python.

@@ -117,4 +117,4 @@ class Guard:
             self.progress.stuck_logs = self.progress.stuck_logs + 1 if is_stuck else 0
             if self.progress.stuck_logs == 5:
                 print0(f"warning: the adapted query loss stays at ln N = {ln_n:.3f}: the episodes teach "
-                       "nothing; try another inner_lr, a later meta_start, or fewer ways")
+                       "nothing; try head_start=zero, another inner_lr, a later meta_start, or fewer ways")

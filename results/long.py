@@ -3,7 +3,7 @@ max_steps = 2442  # x 4,096 tokens, of a vanilla run; plan.py gives the others a
 lr = 2e-3  # of 1e-3, 2e-3 and 4e-3 the best for vanilla training, at a sixth of this length
 warmup_steps = 100
 meta_start = 244  # a tenth of the run
-meta_weight = 0.5  # the demo's own start and weight are what these runs have led to: README.md, late, light
+meta_weight = 0.5
 
 eval_every = 148
 eval_sequences = 128

@@ -245,7 +245,7 @@ def final_runs(quick):
     """(folder, corpus, arm, seed, flags) of all runs whose text is there."""
     missing = sorted({corpus for corpus, *_ in RUNS if not Path("data", corpus).exists()})
     if missing:
-        print(f"left out: {', '.join(missing)}, which data/ has not (run.sh prepares it)", file=sys.stderr)
+        print(f"left out, missing in data/: {', '.join(missing)} (run.sh prepares it)", file=sys.stderr)
     for corpus, arm, flags, seeds in RUNS:
         for seed in seeds:
             if corpus in missing or quick and seed != 1:

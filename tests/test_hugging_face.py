@@ -1,6 +1,7 @@
 """Hugging Face tokenizers of both common kinds: ids, words of episodes, the mask, and every command."""
 import json
 import random
+import shutil
 import sys
 import types
 
@@ -190,8 +191,27 @@ def test_a_word_has_the_sub_tokens_that_it_has_in_a_text(hub):
                                 for blank in blanks]
 
 
+def test_a_prompt_keeps_what_begins_a_text_and_its_masks(hub, tmp_path):
+    """Bugs: an end token that a post-processor adds ended the prompt; <|mask|> was ordinary text."""
+    shutil.copytree(hub, tmp_path / "hub")
+    path = tmp_path / "hub" / "tokenizer.json"
+    it = tokenizers.Tokenizer.from_file(str(path))
+    begin, end = it.token_to_id("<pad>"), it.token_to_id("<|endoftext|>")
+    it.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<pad> $A <|endoftext|>", special_tokens=[("<pad>", begin), ("<|endoftext|>", end)])
+    it.save(str(path))
+    tokenizer = load_tokenizer(tmp_path / "hub")
+    the, house = (it.encode(text, add_special_tokens=False).ids for text in ("the", "house"))
+    assert tokenizer.encode("the<|mask|>house") == [begin, *the, tokenizer.mask_id, *house]
+    assert tokenizer.encode("the<|endoftext|>") == [begin, *the, end]
+    assert tokenizer.encode_ordinary("the") == the
+
+
 def test_a_name_is_looked_up_on_the_hub(hub, monkeypatch, tmp_path):
+    """Bugs: without a tokenizer.json there, GPT-2's was taken; a local folder was looked up on the hub."""
     def snapshot_download(name, allow_patterns):
+        if name == "openai/merges":
+            return str(tmp_path)
         if name != "allenai/olmo":
             raise OSError(f"404: {name}")
         return str(hub)
@@ -202,7 +222,11 @@ def test_a_name_is_looked_up_on_the_hub(hub, monkeypatch, tmp_path):
     args = [f"--source={tmp_path}/a.txt", f"--val={tmp_path}/b.txt", f"--out={tmp_path}/bins"]
     (tmp_path / "b.txt").write_text("the house\n" * 200)
     refuses(lambda: prepare.main([*args, "--tokenizer=allenai/none"]), "allenai/none", "404")
+    refuses(lambda: prepare.main([*args, "--tokenizer=openai/merges"]), "there is no tokenizer.json in")
     refuses(lambda: prepare.main([*args, "--tokenizer=none"]), "neither train, gpt2, a folder")
+    (tmp_path / "local" / "llama").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    refuses(lambda: prepare.main([*args, "--tokenizer=local/llama"]), "no tokenizer.json in local/llama")
     prepare.main([*args, "--tokenizer=allenai/olmo"])
     assert load_tokenizer(tmp_path / "bins").n_vocab == load_tokenizer(hub).n_vocab
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)

@@ -60,7 +60,7 @@ def test_the_house_keeps_its_size():
               for path in [*ROOT.glob("*.py"), *ROOT.glob("nanomaml/*.py"), *ROOT.glob("configs/*.py")]}
     reading = [ROOT / f"{name}.py" for name in ("train", "meta", "data", "model", "schedule")]
     assert len(COMMANDS) <= 14 and sum(length[path] for path in reading) <= 1600
-    assert length[ROOT / "train.py"] <= 480 and sum(length.values()) <= 7140
+    assert length[ROOT / "train.py"] <= 480 and sum(length.values()) <= 7160
     loop = next(node for node in MODULES["train"].body if getattr(node, "name", "") == "train")
     assert loop.end_lineno - loop.lineno < 100 and train.train.__code__.co_nlocals <= 45
 
