@@ -195,14 +195,19 @@ SCARCE_SEARCH = {
 }
 
 
+CONTROL, CONTROL_SEEDS = ("vanilla", "half-0.1", "half-0.5", "word-query-0.1"), (11, 12, 13)
+
+
 def search():
     """One seed that no final run has, and as validation text held-out documents of the training domains."""
     if not Path("data/search").exists():
         return
     flags = ["--warmup_steps=40", "--meta_start=41", "--probe_every=0"]
     for name, own in SEARCH.items():
-        if not is_done(f"out/found/{name}-11"):  # their evaluation
-            yield command(f"out/search/{name}", "search", 11, [*flags, "--eval_every=0", *own], SEARCH_STEPS)
+        for seed in CONTROL_SEEDS if name in CONTROL else CONTROL_SEEDS[:1]:
+            if not is_done(f"out/found/{name}-{seed}"):  # their evaluation
+                own_flags = [*flags, "--eval_every=0", *own]
+                yield command(f"out/search/{name}-{seed}", "search", seed, own_flags, SEARCH_STEPS)
     for name, own in SCARCE_SEARCH.items():
         out_dir = f"out/scarce-search/{name}-11"
         if not is_done(out_dir):
@@ -289,8 +294,9 @@ def measurements(quick):
     """Checkpoints by other instruments than the one that they were trained with."""
     if not quick and Path("data/search").exists():
         for name in SEARCH:  # all of the validation text, and the same inner loop for all
-            yield from measurement(f"out/found/{name}-11", "search", f"out/search/{name}", 11,
-                                   "--eval_sequences=700")
+            for seed in CONTROL_SEEDS:
+                yield from measurement(f"out/found/{name}-{seed}", "search", f"out/search/{name}-{seed}", seed,
+                                       "--eval_sequences=700")
     for source, corpus, _, seed, _ in final_runs(quick):
         if corpus == "pydocs" and Path("data/books-by-pydocs").exists():
             out_dir = source.replace("pydocs", "foreign")

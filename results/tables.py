@@ -591,6 +591,9 @@ def tables():
         "mixed": mixed_table("books", mixed),
         "published": values_table("books", [BASELINE, *published], [LOSS, *QUERIES, *at_best_rate, *PROBES]),
         "found": found_table(),
+        "control": differences_table("found", [
+            *((arm, "vanilla") for arm in ("half-0.1", "half-0.5", "word-query-0.1")),
+            ("half-0.1", "word-query-0.1")], [LOSS, *ACCURACIES]),
         "ner": ner_table("books", ner_columns, ner_summary()),
         "ner-again": again_table(),
         "ner-estimates": estimates_table(),
