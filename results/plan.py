@@ -295,7 +295,8 @@ def measurements(quick):
     if not quick and Path("data/search").exists():
         for name in SEARCH:  # all of the validation text, and the same inner loop for all
             for seed in CONTROL_SEEDS:
-                yield from measurement(f"out/found/{name}-{seed}", "search", f"out/search/{name}-{seed}", seed,
+                source = f"out/search/{name}-{seed}"
+                yield from measurement(f"out/found/{name}-{seed}", "search", source, seed,
                                        "--eval_sequences=700")
     for source, corpus, _, seed, _ in final_runs(quick):
         if corpus == "pydocs" and Path("data/books-by-pydocs").exists():
