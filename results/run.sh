@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything that README.md and details.md beside this file show: data, runs, measurements, tables. The same command again goes
-# on where it was stopped; what is finished is not run again. Needs requirements-dev.txt (scipy).
+# Everything that README.md and details.md beside this file show: data, runs, measurements, tables. The same
+# command again goes on where it was stopped; what is finished is not run again. Needs requirements-dev.txt (scipy).
 #
 #   bash results/run.sh              # about eighteen hours on two cores of a server
 #   bash results/run.sh --quick      # a tenth as long, one seed, no search: half an hour; in out/quick/

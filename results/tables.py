@@ -1,8 +1,8 @@
-"""The tables and the figure of README.md, from the files of evidence.py. run.sh calls it.
+"""The tables of README.md and details.md, and the figure, from the files of evidence.py. run.sh calls it.
 
-    python results/tables.py results                     # fills README.md between its marks, draws figure.png
+    python results/tables.py results                     # fills both between their marks, draws figure.png
     python results/tables.py results --collect=out       # first takes over what is finished in out/
-    python results/tables.py out/quick/report --quick    # a new README.md: the tables that were run
+    python results/tables.py out/quick/report --quick    # a new details.md: the tables that were run
 
 A run is compared with vanilla training of the same seed: same first weights, same text in the same order.
 """
@@ -50,20 +50,37 @@ def paired(corpus, arm, measure, baseline=BASELINE):
 def compared(corpus, columns, measure, form, has_interval=True):
     """A cell for each (arm, baseline): "mean difference (95% interval)", paired by seed.
 
-    Three or four pairs say little about a spread, so it is pooled over the columns. has_interval: False for
-    scores of one draw of sentences, whose spread over seeds is not the one over draws.
+    Three or four pairs say little about a spread, so it is pooled over the arms of all columns: what is left
+    of their runs after an effect of the arm and one of the seed. Columns that share runs are not independent,
+    so the spread of their differences could not simply be averaged. has_interval: False for scores of one
+    draw of sentences, whose spread over seeds is not the one over draws.
     """
     found = [np.subtract(*paired(corpus, arm, measure, base)) for arm, base in columns]
-    freedom = sum(len(gains) - 1 for gains in found if len(gains))
-    squares = sum(((gains - gains.mean()) ** 2).sum() for gains in found if len(gains))
-    spread = math.sqrt(squares / freedom) if freedom else math.nan
+    spread, freedom = residual(corpus, dict.fromkeys(itertools.chain(*columns)), measure)
     cells = []
     for gains in found:
-        half = stats.t.isf(0.025, freedom) * spread / math.sqrt(len(gains)) if freedom and len(gains) else 0
+        is_known = freedom and len(gains)
+        half = stats.t.isf(0.025, freedom) * spread * math.sqrt(2 / len(gains)) if is_known else 0
         ends = " to ".join(format(gains.mean() + sign * half, form) for sign in (-1, 1)) if half else ""
         cells.append(MISSING if not len(gains) else format(gains.mean(), "+" + form)
                      + f" ({ends if ends and has_interval else count(gains)})")
     return cells
+
+
+def residual(corpus, arms, measure):
+    """(standard deviation, degrees of freedom) of runs around the sum of their arm's and seed's effects."""
+    values = {(arm, run["seed"]): measure(run) for arm in arms for run in runs(corpus, arm)}
+    values = {pair: value for pair, value in values.items() if not math.isnan(value)}
+    if not values:
+        return math.nan, 0
+    levels = [sorted({pair[i] for pair in values}) for i in (0, 1)]
+    X = np.array([[pair[i] == level for i in (0, 1) for level in levels[i]] for pair in values], float)
+    y = np.array(list(values.values()))
+    freedom = len(y) - np.linalg.matrix_rank(X)
+    if freedom == 0:
+        return math.nan, 0
+    left = y - X @ np.linalg.lstsq(X, y, rcond=None)[0]
+    return math.sqrt((left ** 2).sum() / freedom), freedom
 
 
 def count(pairs):
