@@ -151,3 +151,8 @@ def test_the_script_measures_finished_runs(toy, tmp_path, capsys):
     adaptation.main([str(tmp_path)])
     line = json.loads(capsys.readouterr().out)
     assert line.keys() == {"run", "step", "not_measured"} and "too few of its words" in line["not_measured"]
+    # Bugs: of a run without evaluation it said that there was no tokenizer; a checkpoint's file was refused.
+    state["config"] |= {"eval_episodes": 0}
+    checkpoint.save(tmp_path, state, keep=1)
+    adaptation.main([str(tmp_path / "ckpt_000001.pt")])
+    assert json.loads(capsys.readouterr().out)["not_measured"] == "eval_episodes = 0"

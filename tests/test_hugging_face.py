@@ -165,6 +165,9 @@ def test_every_command_takes_it(hub, prepared, tmp_path, capsys):
     there = tokenizers.Tokenizer.from_file(str(tmp_path / "hf" / "tokenizer.json"))
     assert there.encode("the river").ids == load_tokenizer(hub).encode("the river")
     export.main([f"{tmp_path}/hf", f"--to={tmp_path}/again"])
+    spec = json.loads((tmp_path / "again" / "tokenizer.json").read_text(encoding="utf-8"))
+    spec["config"]["padding_side"] = "left"  # it says nothing of the ids of a text
+    (tmp_path / "again" / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
     assert same(checkpoint.load(tmp_path / "again")["model"], state["model"])
     train.main([*flags, f"--out_dir={tmp_path}/on", f"--init_from={tmp_path}/again"])
     assert not same(checkpoint.newest(tmp_path / "on")["model"], state["model"])
@@ -189,6 +192,20 @@ def test_a_word_has_the_sub_tokens_that_it_has_in_a_text(hub):
     blanks = [max(0, match.start() - 1) for match in regex.finditer(r"\S+", text)]
     assert window.positions == [next(i for i, (_, end) in enumerate(whole.offsets) if end > blank)
                                 for blank in blanks]
+
+
+def test_the_end_token_may_be_named_elsewhere_and_ids_must_fit_into_bins(hub, tmp_path):
+    """Bug: of 70,000 ids the error spoke of a vocab_size = 65536, which nobody had set."""
+    content = json.loads((hub / "tokenizer.json").read_text(encoding="utf-8"))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    refuses(lambda: load_tokenizer(tmp_path), "names no token that ends a text")
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|endoftext|>"}}')
+    assert load_tokenizer(tmp_path).eot_token == load_tokenizer(hub).eot_token
+    content["model"]["vocab"]["the"] = 70_000
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    (tmp_path / "a.txt").write_text("the river\n" * 200)
+    refuses(lambda: prepare.main([f"--source={tmp_path}/a.txt", f"--out={tmp_path}/bins",
+                                  f"--tokenizer={tmp_path}"]), "has 70001 ids; bins are uint16")
 
 
 def test_a_prompt_keeps_what_begins_a_text_and_its_masks(hub, tmp_path):

@@ -207,6 +207,9 @@ def test_the_mixed_curve_and_its_false_speedup(monkeypatch):
     assert losses == pytest.approx(7 - 0.04 * (steps - 2)) and len(steps) == 97
     monkeypatch.setattr(tables, "runs", lambda corpus, name: arms[name])
     cells = tables.mixed_table("books", [("arm", "share-0")]).splitlines()[-1].split("|")
+    arms["arm"][0]["log"] = [line | {"step": 2 * line["step"]} for line in arm]  # twice as many
+    halved = tables.mixed_table("books", [("arm", "share-0")]).splitlines()[-1].split("|")
+    assert [halved[4].strip(), halved[7].strip()] == ["0.50 (1.00)", "0.67 (1.33)"]
     # A running mean over five lines ends at the loss of line 98; the mixed curve is a nat lower.
     assert [cell.strip() for cell in cells[2:-1]] == ["4.080", "4.080", "1.00 (1.00)",
                                                       "3.080", "4.080", "1.33 (1.33)"]
