@@ -5,7 +5,7 @@
 #   bash results/run.sh              # about eighteen hours on two cores of a server
 #   bash results/run.sh --quick      # a tenth as long, one seed, no search: half an hour; in out/quick/
 #
-# CORPUS     a folder with NAME.train.txt and NAME.val.txt of the six texts; without it, pydocs alone   data/corpus
+# CORPUS     a folder for the six texts, made where missing by results/texts.py; without, pydocs alone  data/corpus
 # TREEBANKS  a folder for Universal NER's .iob2 files, downloaded where missing                         data/uner
 # JOBS       runs at once, of one thread each                                                           2
 set -euo pipefail
@@ -22,7 +22,7 @@ work() { python results/plan.py "$@" | numbered "$1" | tr '\n' '\0' | xargs -0 -
 score() { python results/plan.py fetch "$treebanks" "$@" && work ner "$treebanks" "$@"; }
 
 prepare pydocs
-if compgen -G "$corpus/*.val.txt" > /dev/null; then
+if compgen -G "$corpus/*.val.txt" > /dev/null || python results/texts.py "$corpus"; then
   prepare books --source="$(texts train)" --val="$(texts val)"
   prepare search --source="$(texts train)"
   prepare books-by-pydocs --tokenizer=data/pydocs --source="$(texts train)" --max_tokens=10000 --val="$(texts val)"
@@ -30,7 +30,7 @@ if compgen -G "$corpus/*.val.txt" > /dev/null; then
   prepare scarce-search --source="$corpus/state_union.train.txt" --max_tokens=200000 \
     --val="$corpus/state_union.val.txt"
 else
-  echo "$corpus has no *.train.txt and *.val.txt (results/details.md): pydocs alone is run" >&2
+  echo "without the six texts, pydocs alone is run" >&2
 fi
 
 if [ "${1:-}" = --quick ]; then

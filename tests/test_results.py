@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ sys.path.insert(0, str(RESULTS))
 plan = pytest.importorskip("plan")
 tables = pytest.importorskip("tables", reason="needs scipy of requirements-dev.txt")
 evidence = tables.evidence
+texts = pytest.importorskip("texts")
 
 
 def lines(name, **columns):
@@ -281,3 +283,28 @@ def test_the_tables_are_those_of_the_evidence(tmp_path, monkeypatch):
     for page in ("README.md", "details.md"):
         assert (tmp_path / page).read_text() == (RESULTS / page).read_text()
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_texts_of_nltk_corpora(tmp_path):
+    """By tiny corpora of each kind, of which it says that they are not the experiment's."""
+    kinds = {
+        "brown": ("ca01", "\n\t``/`` Where's/wrb the/at/x Lieut/np ''/'' ?/. ?/.\n\n(/( so/cs )/) ;/.\n",
+                  '"Where\'s the/at Lieut"??\n(so);'),
+        "movie_reviews": ("neg/cv1.txt", "he said , ` it ' s $50 , 000 ' ( yes ) . \nso \" it \" !",
+                          "he said, ` it' s $50, 000' (yes). so \" it \"!"),
+        "abc": ("rural.txt", "one \r\n\r\ntwo\r\n", "one\ntwo"),
+        "state_union": ("2001.txt", "\nMr. Speaker:  \n\n\nwe \n", "Mr. Speaker:  \n\n\nwe"),
+        "inaugural": ("1789-W.txt", "caf\xe9\n", "caf\xe9"),
+        "shakespeare": ("dream.xml", "<?xml?>\n<SPEAKER>PUCK</SPEAKER>\n\n<LINE>If we</LINE>\n", "PUCK:\nIf we"),
+    }
+    (tmp_path / "nltk").mkdir()
+    filler = "so/ql " * 40  # shorter documents are left out
+    for name, (member, text, _) in kinds.items():
+        with zipfile.ZipFile(tmp_path / "nltk" / f"{name}.zip", "w") as file:
+            file.writestr(f"{name}/README", "not a document")
+            file.writestr(f"{name}/{member}", (text + "\n" + filler).encode("latin-1"))
+    with pytest.raises(SystemExit, match="not the texts of the experiment.*brown, movie_reviews"):
+        texts.main(tmp_path)
+    for name, (*_, wanted) in kinds.items():
+        [path] = tmp_path.glob(f"*{name}.val.txt")  # the only document
+        assert path.read_text("utf-8").startswith(wanted), name
