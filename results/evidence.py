@@ -27,7 +27,8 @@ FILES = {  # the columns after RUN, and which more there may be
     "ner.csv.gz": ((*SCORE, "f1", "precision", "recall"), ""),
 }
 CORPORA = ("books", "pydocs", "scarce", "foreign", "found", "scarce-search",
-           *(f"rate-{rate}" for rate in plan.RATES))
+           *(f"rate-{rate}" for rate in plan.RATES),
+           *("whole-{}-{}".format(*setting) for setting in plan.WHOLE_SETTINGS))
 
 
 def parsed(text):
@@ -73,7 +74,7 @@ def collect(out, folder):
         run = read_run(path)
         settings, steps = run["config"], defaultdict(dict)
         last = {key: value for line in run["log"] for key, value in line.items()}
-        if "final/mask_query_acc" not in last or last["step"] < settings["max_steps"]:
+        if not any(key.startswith("final/") for key in last) or last["step"] < settings["max_steps"]:
             continue
         arm, _, seed = path.name.rpartition("-")
         key = path.parent.name, arm, int(seed)
@@ -81,7 +82,8 @@ def collect(out, folder):
                          if name not in ("out_dir", "seed") and value != usual.get(name))
         of_runs[key] = [last | {"flags": flags, "meta_share": settings["meta_share"],
                                 "inner_lr": settings["inner_lr"]}]
-        for line in [*run["log"], *run["probes"]] if settings["max_steps"] else []:
+        probes = [] if arm.startswith(plan.WITHOUT_PROBES) else run["probes"]
+        for line in [*run["log"], *probes] if settings["max_steps"] else []:
             steps[line["step"]] |= line
         curves[key] = [steps[step] for step in sorted(steps)]
         lines = [line | {"draw": line["seed"]} for line in run["ner"]]

@@ -38,7 +38,7 @@ if [ "${1:-}" = --quick ]; then
   score --quick || true  # without a network: the report has no NER
   python results/tables.py out/quick/report --quick --collect=out/quick
 else
-  for stage in search runs measure; do work "$stage"; done
+  for stage in search runs runs measure; do work "$stage"; done  # some runs begin where others end
   score || failed+=" fetch"
   python results/tables.py results --collect=out
 fi

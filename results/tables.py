@@ -27,7 +27,8 @@ from nanomaml.stats import markdown, mean_std, reach, speedup  # noqa: E402
 
 BASELINE = "share-0"
 NAMES = {"share-0": "vanilla", "share-5": "5%", "share-10": "10%", "share-25": "25%", "share-50": "50%",
-         "late": "late, light", "half": "half as long", "batch": "from the batch"}
+         "late": "late, light", "half": "half as long", "batch": "from the batch", "meta-0": "vanilla",
+         "meta-50": "50%", "meta-weight0": "50% at weight 0", "meta-word": "masked word"}
 MISSING, NOT_RUN = "not measured", "*Not run yet.*"
 FOLDER = Path(__file__).parent  # main may set another
 
@@ -297,7 +298,7 @@ def ner_summary():
         yield f"{mode}, {label}, in-language, da, hr, pt, sk", own_language(mode, shots), None
 
 
-def zero_shot_gains(arm, baseline, seeds=range(1, 7), shots=plan.FEW):
+def zero_shot_gains(arm, baseline, seeds, shots=plan.FEW):
     """{(seed, draw): gain in F1} zero-shot, mean over numbers of sentences, of full fine-tuning."""
     tests, base, gains = GROUPS["zero-shot, all six"], {}, {}
     for run in [*runs("books", baseline), *runs("books", arm)]:
@@ -313,7 +314,7 @@ def zero_shot_gains(arm, baseline, seeds=range(1, 7), shots=plan.FEW):
 def again_table():
     """Zero-shot F1 after full fine-tuning on few sentences: each seed on each draw, and estimates of all."""
     rows = [["draw", *(f"seed {seed}" for seed in range(1, 7)), "half as long: seed 5", "seed 6"]]
-    gains, of_half = zero_shot_gains("share-50", BASELINE), zero_shot_gains("half", BASELINE)
+    gains, of_half = (zero_shot_gains(arm, BASELINE, FIRST) for arm in ("share-50", "half"))
     for draw in range(1, 9):
         cells = [gains.get((seed, draw)) for seed in range(1, 7)]
         cells += [of_half.get((seed, draw)) for seed in plan.AGAIN]
@@ -321,29 +322,38 @@ def again_table():
     return markdown(rows)
 
 
-def estimates_table():
-    """Mean gains in zero-shot F1 with seeds and draws as random effects, and those of the new seeds."""
-    rows = [["zero-shot F1, full fine-tuning on few sentences", "gain", "95% interval", "seeds"]]
-    new, every = plan.AGAIN, range(1, 7)
-    for arm, base, seeds, shots, label in (
-            ("share-50", BASELINE, new, plan.FEW, "50% - vanilla, confirmation: new seeds, eight draws"),
-            *(("share-50", BASELINE, new, (n,), f"the same with {n} sentences") for n in plan.FEW),
-            ("share-50", BASELINE, every, plan.FEW, "50% - vanilla, estimate: all seeds and draws"),
-            ("half", BASELINE, every, plan.FEW, "half as long - vanilla, all seeds and draws"),
-            ("share-50", "half", every, plan.FEW, "50% - half as long, all seeds and draws")):
-        if gains := zero_shot_gains(arm, base, seeds, shots):
-            used = sorted({seed for seed, _ in gains})
-            if len(used) > 2:
-                mean, error = random_effects(gains)
-                t = stats.t.isf(0.025, len(used) - 1)
-            else:  # too few seeds for a spread over them: over draws alone
-                by_draw = [np.mean([gain for (_, d), gain in gains.items() if d == draw])
-                           for draw in {draw for _, draw in gains}]
-                mean, error = np.mean(by_draw), np.std(by_draw, ddof=1) / math.sqrt(len(by_draw))
-                t = stats.t.isf(0.025, len(by_draw) - 1)
-            rows.append([label, f"{mean:+.1f}", f"{mean - t * error:.1f} to {mean + t * error:.1f}",
-                         ", ".join(map(str, used))])
-    return markdown(rows)
+def estimate(arm, base, seeds, shots=plan.FEW):
+    """[gain in zero-shot F1, its 95% interval, seeds] as cells; [] if nothing was scored.
+
+    Of three seeds and more, seeds and draws are random effects; of fewer, the interval is over draws alone.
+    """
+    gains = zero_shot_gains(arm, base, seeds, shots)
+    if not gains:
+        return []
+    used = sorted({seed for seed, _ in gains})
+    by_draw = [np.mean([gain for (_, d), gain in gains.items() if d == draw])
+               for draw in {draw for _, draw in gains}]
+    mean, error = np.mean(by_draw), np.std(by_draw, ddof=1) / math.sqrt(len(by_draw))
+    if len(used) > 2:
+        mean, error = random_effects(gains)
+    half = stats.t.isf(0.025, (len(used) if len(used) > 2 else len(by_draw)) - 1) * error
+    return [f"{mean:+.1f}", f"{mean - half:.1f} to {mean + half:.1f}", ", ".join(map(str, used))]
+
+
+def estimates_table(rows):
+    """A row for each (label, *arguments of `estimate`)."""
+    head = ["zero-shot F1, full fine-tuning on few sentences", "gain", "95% interval", "seeds"]
+    return markdown([head, *([label, *cells] for label, *row in rows if (cells := estimate(*row)))])
+
+
+FIRST = range(1, 7)  # seeds
+ESTIMATES = [
+    ("50% - vanilla, confirmation: new seeds, eight draws", "share-50", BASELINE, plan.AGAIN),
+    *((f"the same with {n} sentences", "share-50", BASELINE, plan.AGAIN, (n,)) for n in plan.FEW),
+    ("50% - vanilla, estimate: all seeds and draws", "share-50", BASELINE, FIRST),
+    ("half as long - vanilla, all seeds and draws", "half", BASELINE, FIRST),
+    ("50% - half as long, all seeds and draws", "share-50", "half", FIRST)]
+META = [("meta-50", "meta-0"), ("meta-weight0", "meta-0"), ("meta-word", "meta-0"), ("meta-50", "meta-word")]
 
 
 def ner_table(corpus, columns, rows):
@@ -570,8 +580,8 @@ def questions_table():
         return markdown([["question"]])
     accuracy = {label: measure for label, measure, _ in ACCURACIES}
     sooner = speedup_table("books", ["share-50"]).splitlines()[-1].split("|")
-    gains = [line.split("|") for line in estimates_table().splitlines() if "50% - vanilla" in line]
-    new, every = ((cells[2].strip(), cells[3].strip(), str(len(cells[4].split(",")))) for cells in gains)
+    new, every = ((gain, interval, str(len(seeds.split(",")))) for gain, interval, seeds in (
+        estimate("share-50", BASELINE, seeds) for seeds in (plan.AGAIN, FIRST)))
     heads = effect(heads_that_rise_and_fall, ".0f")
     return markdown([
         ["question", "50% episodes - vanilla", "effect", "95% interval", "pairs", "verdict"],
@@ -616,9 +626,12 @@ def tables():
         "published": values_table("books", [BASELINE, *published], [LOSS, *QUERIES, *at_best_rate, *PROBES]),
         "found": found_table(),
         "control": differences_table("found", CONTROL, [LOSS, *ACCURACIES]),
+        "meta": differences_table("books", META, [LOSS, *ACCURACIES]),
+        "meta-ner": estimates_table((f"{named(arm)} - {named(base)}", arm, base, plan.META_SEEDS)
+                                    for arm, base in META),
         "ner": ner_table("books", ner_columns, ner_summary()),
         "ner-again": again_table(),
-        "ner-estimates": estimates_table(),
+        "ner-estimates": estimates_table(ESTIMATES),
         "ner-pydocs": ner_table("pydocs", [*to_vanilla("share-50"), *to_half],
                                 ner_rows([("full", plan.FEW, "few sentences")])),
         "phases": phases_table("books", [BASELINE, "half", *ARMS]),

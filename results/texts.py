@@ -63,7 +63,7 @@ def texts_of(path, pattern):
 
 
 def main(folder):
-    """Writes all texts or none; ends with an error if they are not, byte for byte, those of the experiment."""
+    """Writes all texts or none; ends with an error if they are not the experiment's, byte for byte."""
     (folder / "nltk").mkdir(parents=True, exist_ok=True)
     generator, result, wrong = random.Random(0), {}, []
     for name, (corpus, pattern, digest) in TEXTS.items():

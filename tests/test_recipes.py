@@ -14,7 +14,7 @@ RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.patch"))
 
 # Runs in the patched copy. `state` and `log` are of six updates that were stopped after three and resumed.
 PRELUDE = """
-import json, sys
+import copy, json, sys
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, pytest, torch
@@ -47,6 +47,8 @@ FLAGS = {
     "gradient-rank": ["--probe_gradients", "--probe_every=1"],
     "meta-decay": ["--meta_decay=0.5", "--meta_share=1"],
     "masked-word": ["--masked_word=all"],
+    "published-episodes": ["--published_episodes", "--head_start=random", "--head_layers=2",
+                           "--inner_lr=0.1"],
     "query-lm": ["--query_lm", "--read_out=context"],
     "batch-episodes": ["--episodes_from=batch", "--read_out=context", "--meta_share=1", "--shots=1",
                        "--queries=1"],
@@ -114,6 +116,42 @@ CHECKS = {
             assert loss.item() == pytest.approx(torch.nn.functional.cross_entropy(logits, words).item(), 1e-5)
             passes = 3 * 2 * cfg.ways * n * (decoder.flops(cfg.window, True)[0] + decoder.flops(1)[1])
             assert learner.flops("episodes", batch) == passes
+        """,
+    "published-episodes": """
+        source = train.build_sources(cfg, {"published"}, *train.load_data(cfg, True)[::2])["published"]
+        batch, ids = source.batches[range(6)], source.batches.sequences[range(6)].ids
+        *shots, asked = batch.places.tolist()
+        for masked, places in ((batch.support, shots), (batch.query, [asked])):
+            assert torch.equal(masked, ids.index_fill(1, torch.tensor(places), source.batches.mask_id))
+        tokens, classes = ids[:, batch.places].tolist(), batch.classes.tolist()
+        assert len(classes) == cfg.ways and set(classes) <= {token for row in tokens for token in row[:-1]}
+        assert batch.labels.tolist() == [[classes.index(token) if token in classes else 0 for token in row]
+                                         for row in tokens]
+
+        # Against the published loop: SGD in place, on a head with an output for each token, sliced
+        learner = train.build_learner(cfg, torch.float32, state["model"])
+        twin = copy.deepcopy(learner)
+        losses, metrics = learner("published", batch)
+        losses["meta"].backward()
+        def loss(ids, places, labels):
+            x = twin.decoder.hidden(ids)[:, places].flatten(0, 1)
+            for layer in twin.head.layers:
+                x = layer(x).relu()
+            return torch.nn.functional.cross_entropy(twin.head.out(x)[:, batch.classes], labels.flatten())
+        sgd = torch.optim.SGD(twin.head.parameters(), cfg.inner_lr)
+        for _ in range(cfg.inner_steps):
+            sgd.zero_grad()
+            loss(batch.support, shots, batch.labels[:, :-1]).backward()
+            sgd.step()
+        twin.zero_grad()
+        after = loss(batch.query, [asked], batch.labels[:, -1])
+        after.backward()
+        assert losses["meta"].item() == pytest.approx(after.item(), abs=1e-5)
+        assert metrics["meta/class_0"] == (batch.labels[:, -1] == 0).float().mean() > 0
+        for (name, p), q in zip(learner.named_parameters(), twin.parameters()):
+            assert (p.grad is None) == (q.grad is None), name
+            if p.grad is not None:
+                torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-5)
         """,
     "qk-norm": """
         norms = [p for name, p in state["model"].items() if "q_norm" in name or "k_norm" in name]
