@@ -308,3 +308,16 @@ def test_texts_of_nltk_corpora(tmp_path):
     for name, (*_, wanted) in kinds.items():
         [path] = tmp_path.glob(f"*{name}.val.txt")  # the only document
         assert path.read_text("utf-8").startswith(wanted), name
+
+
+def test_adapting_all_parameters_is_collected(whole, tmp_path):
+    """The script's lines as runs of the evidence. Without a step the head is at chance."""
+    import whole as script
+
+    for seed, steps in ((1, 0), (2, 2)):
+        script.main(whole, str(tmp_path / f"whole-2-0.01/last-lm-{seed}"), steps, 1)
+    evidence.collect(tmp_path, tmp_path / "found")
+    runs = evidence.read_table(tmp_path / "found/runs.csv")
+    before, after = (runs["whole-2-0.01", "last-lm", seed][0]["final/mask_new_query_loss"] for seed in (1, 2))
+    ways = json.loads((whole / "config.json").read_text())["eval_ways"]
+    assert before == pytest.approx(math.log(ways), rel=1e-3) and abs(after - before) > 1e-3
