@@ -185,8 +185,10 @@ def at_rates(key, *rates):
     return measure
 
 
-def ner(mode, shots, tests, train=plan.ENGLISH, draws=None):
-    """The mean F1 in percent over numbers of sentences, treebanks and draws; nan if any was not scored.
+def ner(mode, shots, tests, train=plan.ENGLISH, draws=None, key="f1"):
+    """The mean F1 (or of another `key`, in percent) over numbers of sentences, treebanks and draws.
+
+    nan if any was not scored.
 
     Without given `draws` it takes those that all arms have.
     """
@@ -197,9 +199,9 @@ def ner(mode, shots, tests, train=plan.ENGLISH, draws=None):
     wanted = [(n, test, draw) for n in shots for test in tests for draw in draws or common(n)]
 
     def measure(run):
-        scores = {(line["shots"], line["test"], line["seed"]): 100 * line["f1"] for line in run["ner"]
+        scores = {(line["shots"], line["test"], line["seed"]): 100 * line[key] for line in run["ner"]
                   if (line["mode"], line["train"], line["step"]) == (mode, train, run["config"]["max_steps"])}
-        return np.mean([scores.get(key, math.nan) for key in wanted])
+        return np.mean([scores.get(score, math.nan) for score in wanted])
 
     return measure
 
@@ -298,12 +300,12 @@ def ner_summary():
         yield f"{mode}, {label}, in-language, da, hr, pt, sk", own_language(mode, shots), None
 
 
-def zero_shot_gains(arm, baseline, seeds, shots=plan.FEW):
+def zero_shot_gains(arm, baseline, seeds, shots=plan.FEW, key="f1"):
     """{(seed, draw): gain in F1} zero-shot, mean over numbers of sentences, of full fine-tuning."""
     tests, base, gains = GROUPS["zero-shot, all six"], {}, {}
     for run in [*runs("books", baseline), *runs("books", arm)]:
         for draw in range(1, 9):
-            f1, pair = ner("full", shots, tests, draws=[draw])(run), (run["seed"], draw)
+            f1, pair = ner("full", shots, tests, draws=[draw], key=key)(run), (run["seed"], draw)
             if run["arm"] == baseline:
                 base[pair] = f1
             elif run["seed"] in seeds and not math.isnan(f1 - base.get(pair, math.nan)):
@@ -322,12 +324,12 @@ def again_table():
     return markdown(rows)
 
 
-def estimate(arm, base, seeds, shots=plan.FEW):
+def estimate(arm, base, seeds, shots=plan.FEW, key="f1"):
     """[gain in zero-shot F1, its 95% interval, seeds] as cells; [] if nothing was scored.
 
     Of three seeds and more, seeds and draws are random effects; of fewer, the interval is over draws alone.
     """
-    gains = zero_shot_gains(arm, base, seeds, shots)
+    gains = zero_shot_gains(arm, base, seeds, shots, key)
     if not gains:
         return []
     used = sorted({seed for seed, _ in gains})
@@ -353,6 +355,8 @@ ESTIMATES = [
     ("50% - vanilla, estimate: all seeds and draws", "share-50", BASELINE, FIRST),
     ("half as long - vanilla, all seeds and draws", "half", BASELINE, FIRST),
     ("50% - half as long, all seeds and draws", "share-50", "half", FIRST)]
+OF_NER = [("",), *((f", {n} sentences", (n,)) for n in plan.FEW),
+          *((f", {key}", plan.FEW, key) for key in ("precision", "recall"))]
 META = [("meta-50", "meta-0"), ("meta-weight0", "meta-0"), ("meta-word", "meta-0"), ("meta-50", "meta-word")]
 
 
@@ -627,8 +631,8 @@ def tables():
         "found": found_table(),
         "control": differences_table("found", CONTROL, [LOSS, *ACCURACIES]),
         "meta": differences_table("books", META, [LOSS, *ACCURACIES]),
-        "meta-ner": estimates_table((f"{named(arm)} - {named(base)}", arm, base, plan.META_SEEDS)
-                                    for arm, base in META),
+        "meta-ner": estimates_table((f"{named(arm)} - {named(base)}{of}", arm, base, plan.META_SEEDS, *rest)
+                                    for arm, base in META for of, *rest in OF_NER),
         "ner": ner_table("books", ner_columns, ner_summary()),
         "ner-again": again_table(),
         "ner-estimates": estimates_table(ESTIMATES),
