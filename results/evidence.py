@@ -23,12 +23,12 @@ FILES = {  # the columns after RUN, and which more there may be
     "runs.csv": (("flags", "meta_share", "inner_lr", "step", "tokens", "flops", "seconds"),
                  "(train|val|meta|share|final)/.*"),
     "curves.csv.gz": (("step", "flops", "train/loss", "val/loss"),
-                      "meta/query_(loss|acc)|share/episodes|(rank|entropy)/.*"),
+                      "meta/(query_loss|query_acc|others.*)|share/episodes|(rank|entropy)/.*"),
     "ner.csv.gz": ((*SCORE, "f1", "precision", "recall"), ""),
 }
 CORPORA = ("books", "pydocs", "scarce", "foreign", "found", "scarce-search",
            *(f"rate-{rate}" for rate in plan.RATES),
-           *("whole-{}-{}".format(*setting) for setting in plan.WHOLE_SETTINGS))
+           *("all-{}-{}".format(*setting) for setting in plan.ADAPT_ALL))
 
 
 def parsed(text):
@@ -82,8 +82,7 @@ def collect(out, folder):
                          if name not in ("out_dir", "seed") and value != usual.get(name))
         of_runs[key] = [last | {"flags": flags, "meta_share": settings["meta_share"],
                                 "inner_lr": settings["inner_lr"]}]
-        probes = [] if arm.startswith(plan.WITHOUT_PROBES) else run["probes"]
-        for line in [*run["log"], *probes] if settings["max_steps"] else []:
+        for line in [*run["log"], *run["probes"]] if settings["max_steps"] else []:
             steps[line["step"]] |= line
         curves[key] = [steps[step] for step in sorted(steps)]
         lines = [line | {"draw": line["seed"]} for line in run["ner"]]

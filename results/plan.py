@@ -30,14 +30,14 @@ from nanomaml import config, treebanks  # noqa: E402
 from schedule import Schedule  # noqa: E402
 
 RECIPES = {"--episodes_from": "batch-episodes", "--query_lm": "query-lm", "--meta_decay": "meta-decay",
-           "--masked_word": "masked-word", "--published_episodes": "published-episodes"}
+           "--masked_word": "masked-word", "--published_episodes": "published-episodes",
+           "--backbone_lr": "backbone-rate"}
 FILES = ["configs/demo.py", "results/long.py"]
 STEPS, SEARCH_STEPS = 2442, 407
 SEEDS = (1, 2, 3)
 AGAIN = (5, 6)  # to see again what NER gained with seeds 1 to 4
 RATES = (0.01, 0.03, 0.1, 0.3)  # of the inner loop, at which adaptation is measured again
-WHOLE_RATES = (0.003, 0.01, 0.03)  # where all parameters adapt
-WHOLE_SETTINGS = [(steps, rate) for steps in (2, 10) for rate in WHOLE_RATES]
+ADAPT_ALL = [(steps, rate) for steps in (2, 10) for rate in (0.01, 0.03, 0.1)]  # rates of the backbone
 
 
 # ---- equal FLOPs ----
@@ -58,7 +58,9 @@ def micro_step_flops(cfg):
     if hasattr(data, "JointBatch"):  # of batch-episodes
         batches["joint"] = data.JointBatch(*text, ids(E, N, K), ids(E, N, Q), ids(E, N))
     if hasattr(data, "PublishedBatch"):
-        batches["published"] = data.PublishedBatch(*text, ids(K + 1), ids(N), ids(cfg.batch_size, K + 1))
+        B = cfg.published_episodes
+        text = ids(B, cfg.context), ids(B, cfg.context)
+        batches["episodes"] = data.PublishedBatch(*text, ids(K + 1), ids(N), ids(B, K + 1))
     return {kind: learner.flops(kind, batch) for kind, batch in batches.items()}
 
 
@@ -227,19 +229,22 @@ PUBLISHED = [HALF, "--meta_weight=1", "--meta_start=0", "--ways=32", "--queries=
              "--head_layers=4", "--head_start=random", "--warmup_steps=1018"]
 BATCHED = [*MANY, "--meta_weight=0.05"]  # by the search
 LATE = [TENTH, "--meta_start=1221", "--meta_weight=0.1"]  # by the search the cheapest adaptation at the mask
+# hypotheses.md, 1
 META_SEEDS = range(21, 27)
-META = {"0": VANILLA, "50": DOSES["share-50"], "weight0": [HALF, "--meta_weight=0"],  # hypotheses.md, 1
+META = {"0": VANILLA, "50": DOSES["share-50"], "weight0": [HALF, "--meta_weight=0"],
         "word": [HALF, "--masked_word=query", "--meta_weight=0.1"]}
 # hypotheses.md, 2: the last fifth of a run anew, from the checkpoint of "base" at 80%
-BASE, BASE_STEP = [*VANILLA, "--checkpoint_every=977", "--keep_every=1954"], 1954
-WHOLE = [QUARTER, "--adapt=all", "--inner_steps=2"]
-LAST = {"lm": VANILLA, "head": [QUARTER],
-        **{f"all-{rate}": [*WHOLE, f"--inner_lr={rate}"] for rate in WHOLE_RATES}}
-FROM_BASE = ["--lr=4.17e-4", "--warmup_steps=20", "--meta_start=0"]  # the rate that a run has at 80%
-LAST_SEEDS = {"lm": (31, 32, 33), "head": (31, 32, 33)}  # all of the best rate too, when it is known
-# hypotheses.md, 3: a micro-step is the whole global batch, so that classes are chosen from many tokens
-RULE = [*PUBLISHED, "--batch_size=32", "--meta_blocks=1", "--published_episodes=True"]
-WITHOUT_PROBES = ("meta-", "base", "last-", "rule-")  # arms whose curves are kept as losses alone
+BASE_STEP = 4 * STEPS // 5 // 2 * 2
+BASE = [*VANILLA, f"--checkpoint_every={BASE_STEP // 2}", f"--keep_every={BASE_STEP}", "--probe_every=0"]
+FROM_BASE = ["--lr=4.18e-4", "--warmup_steps=20", "--meta_start=0"]  # the rate that a run has at 80%
+TWO_STEPS = [QUARTER, "--inner_steps=2"]
+LAST = {"lm": VANILLA, "head": TWO_STEPS,
+        **{f"all-{rate}": [*TWO_STEPS, "--adapt=all", f"--backbone_lr={rate}"]
+           for rate in (0.003, 0.01, 0.03)}}
+CHOOSING, LAST_SEEDS = 31, (32, 33, 34)  # the first chooses a rate
+CHOSEN = ("lm", "head")  # and all of the rate chosen, when it is known
+# hypotheses.md, 3
+RULE, RULE_SEEDS = [*PUBLISHED, "--published_episodes=32", "--probe_every=0"], (41, 42, 43)
 RUNS = [  # corpus, arm, flags, seeds
     *[("books", arm, DOSES[arm], (*SEEDS, 4, *AGAIN)) for arm in ("share-0", "share-50")],
     ("books", "share-10", DOSES["share-10"], (*SEEDS, 4)),
@@ -250,11 +255,12 @@ RUNS = [  # corpus, arm, flags, seeds
     ("books", "published-0.001", [*PUBLISHED, "--inner_lr=0.001"], SEEDS[:1]),
     ("books", "published-0.01", [*PUBLISHED, "--inner_lr=0.01"], SEEDS[:1]),
     ("books", "published-vanilla", [*VANILLA, "--warmup_steps=1018"], SEEDS[:1]),
-    *[("books", f"meta-{arm}", flags, META_SEEDS) for arm, flags in META.items()],
-    ("books", "base", BASE, (31, 32, 33)),
-    *[("books", f"last-{arm}", flags, LAST_SEEDS.get(arm, (31,))) for arm, flags in LAST.items()],
-    ("books", "rule-vanilla", [*VANILLA, "--warmup_steps=1018"], (41, 42, 43)),
-    *[("books", f"rule-{rate}", [*RULE, f"--inner_lr={rate}"], (41, 42, 43)) for rate in (0.001, 0.01)],
+    *[("books", f"meta-{arm}", [*flags, "--probe_every=0"], META_SEEDS) for arm, flags in META.items()],
+    ("books", "base", BASE, (CHOOSING, *LAST_SEEDS)),
+    *[("books", f"last-{arm}", flags, (CHOOSING, *(LAST_SEEDS if arm in CHOSEN else ())))
+      for arm, flags in LAST.items()],
+    ("books", "rule-vanilla", [*VANILLA, "--warmup_steps=1018", "--probe_every=0"], RULE_SEEDS),
+    *[("books", f"rule-{rate}", [*RULE, f"--inner_lr={rate}"], RULE_SEEDS) for rate in (0.001, 0.01)],
     ("scarce", "share-0", VANILLA, SEEDS),
     ("scarce", "share-50", DOSES["share-50"], SEEDS),
     ("scarce", "half", VANILLA, SEEDS),
@@ -289,7 +295,8 @@ def runs(quick):
             base = Path(f"out/books/base-{seed}/ckpt_{BASE_STEP:06d}.pt")
             if not base.exists():  # not yet: run.sh asks twice
                 continue
-            flags = [*FROM_BASE, *flags, f"--init_from={base}", f"--seed={seed + 100}"]  # other batches
+            # Other batches, though of text that the base has read once
+            flags = [*FROM_BASE, *flags, "--probe_every=0", f"--init_from={base}", f"--seed={seed + 100}"]
             steps = STEPS - BASE_STEP
         if not is_done(out_dir):
             yield command(out_dir, corpus, seed, flags, steps)
@@ -333,10 +340,10 @@ def measurements(quick):
                 out_dir = source.replace("books", f"rate-{rate}")
                 yield from measurement(out_dir, corpus, source, seed, f"--inner_lr={rate}")
         if "/last-" in source and is_trained(source):
-            for setting in WHOLE_SETTINGS:
-                out_dir = source.replace("books", "whole-{}-{}".format(*setting))
+            for setting in ADAPT_ALL:
+                out_dir = source.replace("books", "all-{}-{}".format(*setting))
                 if not is_done(out_dir):
-                    yield "python results/whole.py {} {} {} {}".format(source, out_dir, *setting)
+                    yield "python results/adapt_all.py {} {} {} {}".format(source, out_dir, *setting)
 
 
 IN_LANGUAGE = ("da_ddt", "hr_set", "pt_bosque", "sk_snk")
@@ -370,7 +377,7 @@ FINE_TUNING = [FineTuning(*row) for row in (
     ("pydocs", ("share-0", "share-50", "half"), "full", ENGLISH, EVERYWHERE, FEW, 3, 30),
     ("books", ("share-0", "share-50", "half"), "full", ENGLISH, EVERYWHERE, FEW, 8, 30, AGAIN),
     ("books", tuple(f"meta-{arm}" for arm in META), "full", ENGLISH, EVERYWHERE, FEW, 8, 30, META_SEEDS),
-    ("books", tuple(f"last-{arm}" for arm in LAST), "full", ENGLISH, EVERYWHERE, FEW, 8, 30, (31, 32, 33)),
+    ("books", tuple(f"last-{arm}" for arm in CHOSEN), "full", ENGLISH, EVERYWHERE, FEW, 8, 30, LAST_SEEDS),
 )]
 
 

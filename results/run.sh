@@ -2,10 +2,10 @@
 # Everything that README.md and details.md beside this file show: data, runs, measurements, tables. The same
 # command again goes on where it was stopped; what is finished is not run again. Needs requirements-dev.txt (scipy).
 #
-#   bash results/run.sh              # about eighteen hours on two cores of a server
+#   bash results/run.sh              # about thirty hours on two cores of a server
 #   bash results/run.sh --quick      # a tenth as long, one seed, no search: half an hour; in out/quick/
 #
-# CORPUS     a folder for the six texts, made where missing by results/texts.py; without, pydocs alone  data/corpus
+# CORPUS     a folder of the six texts; results/texts.py makes it where it is missing             data/corpus
 # TREEBANKS  a folder for Universal NER's .iob2 files, downloaded where missing                         data/uner
 # JOBS       runs at once, of one thread each                                                           2
 set -euo pipefail
@@ -22,7 +22,7 @@ work() { python results/plan.py "$@" | numbered "$1" | tr '\n' '\0' | xargs -0 -
 score() { python results/plan.py fetch "$treebanks" "$@" && work ner "$treebanks" "$@"; }
 
 prepare pydocs
-if compgen -G "$corpus/*.val.txt" > /dev/null || python results/texts.py "$corpus"; then
+if [ -e "$corpus" ] || python results/texts.py "$corpus"; then
   prepare books --source="$(texts train)" --val="$(texts val)"
   prepare search --source="$(texts train)"
   prepare books-by-pydocs --tokenizer=data/pydocs --source="$(texts train)" --max_tokens=10000 --val="$(texts val)"
@@ -38,7 +38,9 @@ if [ "${1:-}" = --quick ]; then
   score --quick || true  # without a network: the report has no NER
   python results/tables.py out/quick/report --quick --collect=out/quick
 else
-  for stage in search runs runs measure; do work "$stage"; done  # some runs begin where others end
+  for stage in search runs; do work "$stage"; done
+  failed=${failed/ runs/}
+  for stage in runs measure; do work "$stage"; done  # some runs begin where others have ended
   score || failed+=" fetch"
   python results/tables.py results --collect=out
 fi

@@ -186,9 +186,9 @@ def at_rates(key, *rates):
 
 
 def ner(mode, shots, tests, train=plan.ENGLISH, draws=None, key="f1"):
-    """The mean F1 (or of another `key`, in percent) over numbers of sentences, treebanks and draws.
+    """The mean F1, or that of another `key`, in percent, over numbers of sentences, treebanks and draws.
 
-    nan if any was not scored.
+    It is nan if any was not scored.
 
     Without given `draws` it takes those that all arms have.
     """
@@ -316,7 +316,7 @@ def zero_shot_gains(arm, baseline, seeds, shots=plan.FEW, key="f1"):
 def again_table():
     """Zero-shot F1 after full fine-tuning on few sentences: each seed on each draw, and estimates of all."""
     rows = [["draw", *(f"seed {seed}" for seed in range(1, 7)), "half as long: seed 5", "seed 6"]]
-    gains, of_half = (zero_shot_gains(arm, BASELINE, FIRST) for arm in ("share-50", "half"))
+    gains, of_half = (zero_shot_gains(arm, BASELINE, ALL_SEEDS) for arm in ("share-50", "half"))
     for draw in range(1, 9):
         cells = [gains.get((seed, draw)) for seed in range(1, 7)]
         cells += [of_half.get((seed, draw)) for seed in plan.AGAIN]
@@ -327,19 +327,21 @@ def again_table():
 def estimate(arm, base, seeds, shots=plan.FEW, key="f1"):
     """[gain in zero-shot F1, its 95% interval, seeds] as cells; [] if nothing was scored.
 
-    Of three seeds and more, seeds and draws are random effects; of fewer, the interval is over draws alone.
+    Seeds and draws are random effects. Fewer than three seeds show no spread over seeds: the interval is then
+    one over draws, and says so.
     """
     gains = zero_shot_gains(arm, base, seeds, shots, key)
     if not gains:
         return []
-    used = sorted({seed for seed, _ in gains})
-    by_draw = [np.mean([gain for (_, d), gain in gains.items() if d == draw])
-               for draw in {draw for _, draw in gains}]
-    mean, error = np.mean(by_draw), np.std(by_draw, ddof=1) / math.sqrt(len(by_draw))
+    used, draws = (sorted({pair[i] for pair in gains}) for i in (0, 1))
     if len(used) > 2:
         mean, error = random_effects(gains)
-    half = stats.t.isf(0.025, (len(used) if len(used) > 2 else len(by_draw)) - 1) * error
-    return [f"{mean:+.1f}", f"{mean - half:.1f} to {mean + half:.1f}", ", ".join(map(str, used))]
+        half, note = stats.t.isf(0.025, len(used) - 1) * error, ""
+    else:
+        of_draw = [np.mean([gain for (_, d), gain in gains.items() if d == draw]) for draw in draws]
+        mean, note = np.mean(of_draw), ", over draws"
+        half = stats.t.isf(0.025, len(draws) - 1) * stats.sem(of_draw) if len(draws) > 1 else math.nan
+    return [f"{mean:+.1f}", f"{mean - half:.1f} to {mean + half:.1f}{note}", ", ".join(map(str, used))]
 
 
 def estimates_table(rows):
@@ -348,16 +350,17 @@ def estimates_table(rows):
     return markdown([head, *([label, *cells] for label, *row in rows if (cells := estimate(*row)))])
 
 
-FIRST = range(1, 7)  # seeds
+ALL_SEEDS = range(1, 7)  # of share-0 and share-50
 ESTIMATES = [
     ("50% - vanilla, confirmation: new seeds, eight draws", "share-50", BASELINE, plan.AGAIN),
     *((f"the same with {n} sentences", "share-50", BASELINE, plan.AGAIN, (n,)) for n in plan.FEW),
-    ("50% - vanilla, estimate: all seeds and draws", "share-50", BASELINE, FIRST),
-    ("half as long - vanilla, all seeds and draws", "half", BASELINE, FIRST),
-    ("50% - half as long, all seeds and draws", "share-50", "half", FIRST)]
-OF_NER = [("",), *((f", {n} sentences", (n,)) for n in plan.FEW),
+    ("50% - vanilla, estimate: all seeds and draws", "share-50", BASELINE, ALL_SEEDS),
+    ("half as long - vanilla, all seeds and draws", "half", BASELINE, ALL_SEEDS),
+    ("50% - half as long, all seeds and draws", "share-50", "half", ALL_SEEDS)]
+NER_CUTS = [("",), *((f", {n} sentences", (n,)) for n in plan.FEW),
           *((f", {key}", plan.FEW, key) for key in ("precision", "recall"))]
-META = [("meta-50", "meta-0"), ("meta-weight0", "meta-0"), ("meta-word", "meta-0"), ("meta-50", "meta-word")]
+META_PAIRS = [("meta-50", "meta-0"), ("meta-weight0", "meta-0"), ("meta-word", "meta-0"),
+              ("meta-50", "meta-word")]
 
 
 def ner_table(corpus, columns, rows):
@@ -585,7 +588,7 @@ def questions_table():
     accuracy = {label: measure for label, measure, _ in ACCURACIES}
     sooner = speedup_table("books", ["share-50"]).splitlines()[-1].split("|")
     new, every = ((gain, interval, str(len(seeds.split(",")))) for gain, interval, seeds in (
-        estimate("share-50", BASELINE, seeds) for seeds in (plan.AGAIN, FIRST)))
+        estimate("share-50", BASELINE, seeds) or (MISSING, "", "") for seeds in (plan.AGAIN, ALL_SEEDS)))
     heads = effect(heads_that_rise_and_fall, ".0f")
     return markdown([
         ["question", "50% episodes - vanilla", "effect", "95% interval", "pairs", "verdict"],
@@ -630,9 +633,9 @@ def tables():
         "published": values_table("books", [BASELINE, *published], [LOSS, *QUERIES, *at_best_rate, *PROBES]),
         "found": found_table(),
         "control": differences_table("found", CONTROL, [LOSS, *ACCURACIES]),
-        "meta": differences_table("books", META, [LOSS, *ACCURACIES]),
+        "meta": differences_table("books", META_PAIRS, [LOSS, *ACCURACIES]),
         "meta-ner": estimates_table((f"{named(arm)} - {named(base)}{of}", arm, base, plan.META_SEEDS, *rest)
-                                    for arm, base in META for of, *rest in OF_NER),
+                                    for arm, base in META_PAIRS for of, *rest in NER_CUTS),
         "ner": ner_table("books", ner_columns, ner_summary()),
         "ner-again": again_table(),
         "ner-estimates": estimates_table(ESTIMATES),

@@ -1,11 +1,13 @@
 """Makes the six English texts of the experiment from NLTK's corpora: NAME.train.txt and NAME.val.txt.
 
-    python results/texts.py data/corpus    # downloads 10 MB of zip files to data/corpus/nltk where missing
+    python results/texts.py data/corpus    # zip files of 10 MB are downloaded to data/nltk where missing
 
 Documents are in random order, with two blank lines between them; the first twentieth is validation text.
-Brown is free for non-commercial use alone; README in each zip file has the terms.
+The folder appears whole or not at all. Brown is free for non-commercial use alone; README in each zip file
+has the terms.
 """
 import hashlib
+import http.client
 import random
 import re
 import sys
@@ -47,7 +49,7 @@ def documents(name, text):
     return [text.strip()]
 
 
-def texts_of(path, pattern):
+def files_of(path, pattern):
     """The files of an NLTK corpus, in order of their names; downloads the zip file where it is missing."""
     try:
         if not path.exists():
@@ -58,28 +60,29 @@ def texts_of(path, pattern):
             members = sorted(member for member in file.namelist()
                              if re.fullmatch(pattern, member.rpartition("/")[2]))
             return [file.read(member).decode("latin-1").replace("\r\n", "\n") for member in members]
-    except (OSError, zipfile.BadZipFile) as error:
+    except (OSError, http.client.HTTPException, zipfile.BadZipFile) as error:
         sys.exit(f"no texts are made: {path}: {error}; get that file, whole, from {URL}{path.name}")
 
 
 def main(folder):
-    """Writes all texts or none; ends with an error if they are not the experiment's, byte for byte."""
-    (folder / "nltk").mkdir(parents=True, exist_ok=True)
-    generator, result, wrong = random.Random(0), {}, []
+    zips, partial = folder.with_name("nltk"), folder.with_name(f"{folder.name}.partial")
+    if folder.exists():
+        sys.exit(f"{folder} exists already: remove it")
+    for new in (zips, partial):
+        new.mkdir(parents=True, exist_ok=True)
+    generator = random.Random(0)
     for name, (corpus, pattern, digest) in TEXTS.items():
-        texts = texts_of(folder / "nltk" / f"{corpus}.zip", pattern)
-        found = [document for text in texts for document in documents(name, text) if len(document) > 100]
+        files = files_of(zips / f"{corpus}.zip", pattern)
+        found = [document for text in files for document in documents(name, text) if len(document) > 100]
         generator.shuffle(found)
         n_val = max(1, len(found) // 20)
         train, val = ("\n\n\n".join(part).encode() for part in (found[n_val:], found[:n_val]))
-        result |= {f"{name}.train.txt": train, f"{name}.val.txt": val}
         if not hashlib.sha256(train + val).hexdigest().startswith(digest):
-            wrong.append(name)
+            sys.exit(f"no texts are made: {name} would not be the experiment's; is {corpus}.zip from {URL}?")
+        (partial / f"{name}.train.txt").write_bytes(train)
+        (partial / f"{name}.val.txt").write_bytes(val)
         print(f"{name}: {len(found):,} documents, {len(train):,} + {len(val):,} bytes")
-    for name, content in result.items():
-        (folder / name).write_bytes(content)
-    if wrong:
-        sys.exit(f"not the texts of the experiment, so its numbers will differ: {', '.join(wrong)}")
+    partial.rename(folder)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,8 @@ FLAGS = {
     "gradient-rank": ["--probe_gradients", "--probe_every=1"],
     "meta-decay": ["--meta_decay=0.5", "--meta_share=1"],
     "masked-word": ["--masked_word=all"],
-    "published-episodes": ["--published_episodes", "--head_start=random", "--head_layers=2",
+    "backbone-rate": ["--adapt=all", "--inner_steps=2", "--inner_lr=0.5", "--backbone_lr=0.03"],
+    "published-episodes": ["--published_episodes=6", "--head_start=random", "--head_layers=2",
                            "--inner_lr=0.1"],
     "query-lm": ["--query_lm", "--read_out=context"],
     "batch-episodes": ["--episodes_from=batch", "--read_out=context", "--meta_share=1", "--shots=1",
@@ -117,9 +118,32 @@ CHECKS = {
             passes = 3 * 2 * cfg.ways * n * (decoder.flops(cfg.window, True)[0] + decoder.flops(1)[1])
             assert learner.flops("episodes", batch) == passes
         """,
+    "backbone-rate": """
+        source = train.build_sources(cfg, {"episodes"}, *train.load_data(cfg, True)[::2])["episodes"]
+        batch = source.batches[[0]]
+        support, query = (x[0].flatten(0, 1) for x in (batch.support, batch.query))
+        learner = train.build_learner(cfg, torch.float32, state["model"])
+        twin = copy.deepcopy(learner.decoder)
+        head = torch.nn.Linear(cfg.d_model, cfg.ways)
+        for p in head.parameters():
+            torch.nn.init.zeros_(p)
+        sgd = torch.optim.SGD([{"params": head.parameters(), "lr": 0.5}, {"params": twin.model.parameters()}],
+                              lr=0.03)
+        for _ in range(2):
+            sgd.zero_grad()
+            logits = head(twin.hidden(support)[:, -1])
+            target = torch.arange(cfg.ways).repeat_interleave(cfg.shots)
+            torch.nn.functional.cross_entropy(logits, target).backward()
+            sgd.step()
+        after, _, _ = learner.adapt_any(support, query, cfg.ways)
+        torch.testing.assert_close(after, head(twin.hidden(query)[:, -1]), rtol=1e-3, atol=1e-5)
+        moved = (twin.model.norm.weight - learner.decoder.model.norm.weight).abs().max()
+        assert moved > 1e-5, "the backbone adapts"
+        """,
     "published-episodes": """
-        source = train.build_sources(cfg, {"published"}, *train.load_data(cfg, True)[::2])["published"]
-        batch, ids = source.batches[range(6)], source.batches.sequences[range(6)].ids
+        source = train.build_sources(cfg, {"episodes"}, *train.load_data(cfg, True)[::2])["episodes"]
+        assert source.size == 6
+        batch, ids = source.batches[range(99)], source.batches.sequences[range(99)].ids
         *shots, asked = batch.places.tolist()
         for masked, places in ((batch.support, shots), (batch.query, [asked])):
             assert torch.equal(masked, ids.index_fill(1, torch.tensor(places), source.batches.mask_id))
@@ -128,10 +152,18 @@ CHECKS = {
         assert batch.labels.tolist() == [[classes.index(token) if token in classes else 0 for token in row]
                                          for row in tokens]
 
-        # Against the published loop: SGD in place, on a head with an output for each token, sliced
+        few = data.PublishedEpisodes(source.batches.sequences, 0, ways=9, shots=2, seed=1)
+        few.mask_id = source.batches.mask_id
+        few = few[range(1)]  # of one sequence: classes are padded
+        assert few.classes[few.labels[0, :2]].tolist() == source.batches.sequences[range(1)].ids[
+            0, few.places[:2]].tolist() and len(few.classes) == 9
+
+        # Against SGD in place, on a head with an output for each token, of which the classes' are cut out
         learner = train.build_learner(cfg, torch.float32, state["model"])
+        bound = (6 / sum(learner.head.out.weight.shape)) ** 0.5  # Glorot and Bengio 2010
+        assert 0.95 * bound < learner.head.out.weight.abs().max() <= bound
         twin = copy.deepcopy(learner)
-        losses, metrics = learner("published", batch)
+        losses, metrics = learner("episodes", batch)
         losses["meta"].backward()
         def loss(ids, places, labels):
             x = twin.decoder.hidden(ids)[:, places].flatten(0, 1)
@@ -147,7 +179,10 @@ CHECKS = {
         after = loss(batch.query, [asked], batch.labels[:, -1])
         after.backward()
         assert losses["meta"].item() == pytest.approx(after.item(), abs=1e-5)
-        assert metrics["meta/class_0"] == (batch.labels[:, -1] == 0).float().mean() > 0
+        assert 0 < metrics["meta/others"] == (batch.labels[:, -1] != 0).float().mean() < 1
+        windows = batch.query.numel() // cfg.context
+        heads = learner.head_flops(cfg.ways, windows * cfg.shots, windows)
+        assert learner.flops("episodes", batch) == heads + 4 * windows * learner.decoder.flops(cfg.context)[0]
         for (name, p), q in zip(learner.named_parameters(), twin.parameters()):
             assert (p.grad is None) == (q.grad is None), name
             if p.grad is not None:

@@ -7,18 +7,25 @@ import shutil
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
-from nanomaml import phases
+import data
+import train
+from adaptation import AdaptationTest
+from nanomaml import checkpoint, config, phases
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 sys.path.insert(0, str(RESULTS))
+import adapt_all  # noqa: E402
+import texts  # noqa: E402
+
 plan = pytest.importorskip("plan")
 tables = pytest.importorskip("tables", reason="needs scipy of requirements-dev.txt")
 evidence = tables.evidence
-texts = pytest.importorskip("texts")
 
 
 def lines(name, **columns):
@@ -173,8 +180,8 @@ def test_scoring_is_done_when_all_treebanks_are(tmp_path, monkeypatch):
 def test_only_finished_runs_are_measured(tmp_path):
     """Bug: a run that was still going was measured at the checkpoint of the moment, and never again."""
     (tmp_path / "config.json").write_text('{"max_steps": 9}')
-    for checkpoint, commands in (("ckpt_000005.pt", 0), ("ckpt_000009.pt", 1)):
-        (tmp_path / checkpoint).touch()
+    for name, commands in (("ckpt_000005.pt", 0), ("ckpt_000009.pt", 1)):
+        (tmp_path / name).touch()
         assert len(plan.measurement(tmp_path / "measured", "books", tmp_path, 1)) == commands
 
 
@@ -285,8 +292,8 @@ def test_the_tables_are_those_of_the_evidence(tmp_path, monkeypatch):
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
-def test_texts_of_nltk_corpora(tmp_path):
-    """By tiny corpora of each kind, of which it says that they are not the experiment's."""
+def test_texts_of_nltk_corpora(tmp_path, monkeypatch):
+    """By tiny corpora of each kind. Others than the experiment's are not left where run.sh finds them."""
     kinds = {
         "brown": ("ca01", "\n\t``/`` Where's/wrb the/at/x Lieut/np ''/'' ?/. ?/.\n\n(/( so/cs )/) ;/.\n",
                   '"Where\'s the/at Lieut"??\n(so);'),
@@ -303,21 +310,57 @@ def test_texts_of_nltk_corpora(tmp_path):
         with zipfile.ZipFile(tmp_path / "nltk" / f"{name}.zip", "w") as file:
             file.writestr(f"{name}/README", "not a document")
             file.writestr(f"{name}/{member}", (text + "\n" + filler).encode("latin-1"))
-    with pytest.raises(SystemExit, match="not the texts of the experiment.*brown, movie_reviews"):
-        texts.main(tmp_path)
+    with pytest.raises(SystemExit, match="brown would not be the experiment's"):
+        texts.main(tmp_path / "corpus")
+    assert not (tmp_path / "corpus").exists()
+    monkeypatch.setattr(texts, "TEXTS", {name: (*row[:2], "") for name, row in texts.TEXTS.items()})
+    texts.main(tmp_path / "corpus")
     for name, (*_, wanted) in kinds.items():
-        [path] = tmp_path.glob(f"*{name}.val.txt")  # the only document
+        [path] = (tmp_path / "corpus").glob(f"*{name}.val.txt")  # the only document
         assert path.read_text("utf-8").startswith(wanted), name
 
 
 def test_adapting_all_parameters_is_collected(whole, tmp_path):
-    """The script's lines as runs of the evidence. Without a step the head is at chance."""
-    import whole as script
-
-    for seed, steps in ((1, 0), (2, 2)):
-        script.main(whole, str(tmp_path / f"whole-2-0.01/last-lm-{seed}"), steps, 1)
+    """The script's lines as runs of the evidence; at a backbone's rate of 0 the head alone adapts."""
+    for seed, (steps, rate) in enumerate(((0, 1), (3, 0), (3, 1))):
+        adapt_all.main(whole, str(tmp_path / f"all-2-0.01/last-lm-{seed}"), steps, rate)
     evidence.collect(tmp_path, tmp_path / "found")
     runs = evidence.read_table(tmp_path / "found/runs.csv")
-    before, after = (runs["whole-2-0.01", "last-lm", seed][0]["final/mask_new_query_loss"] for seed in (1, 2))
-    ways = json.loads((whole / "config.json").read_text())["eval_ways"]
-    assert before == pytest.approx(math.log(ways), rel=1e-3) and abs(after - before) > 1e-3
+    at_once, by_head, by_all = (runs["all-2-0.01", "last-lm", seed][0]["final/mask_new_query_loss"]
+                                for seed in range(3))
+    state = checkpoint.load(whole)
+    cfg = SimpleNamespace(**state["config"])
+    assert at_once == pytest.approx(math.log(cfg.eval_ways), rel=1e-3)
+    test = AdaptationTest(cfg, data.open_corpus(cfg.data)[1], data.load_tokenizer(cfg.data))
+    *_, losses = test.episodes(checkpoint.load_model(state), torch.float32, True)["new_", "mask", "adapted"]
+    assert by_head == pytest.approx(losses[:32].mean().item(), rel=1e-4)
+    assert abs(by_all - by_head) > 1e-3
+
+
+def test_what_follows_a_base_waits_for_it(monkeypatch, tmp_path):
+    """Hypotheses, 2: the same checkpoint, other batches than before it, a fifth of the FLOPs."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "books").mkdir(parents=True)
+    monkeypatch.setattr(plan, "RUNS", [("books", "base", plan.BASE, (31,)),
+                                       ("books", "last-lm", plan.LAST["lm"], (31,))])
+    [base] = plan.runs(quick=False)
+    path = f"out/books/base-31/ckpt_{plan.BASE_STEP:06d}.pt"
+    Path(path).parent.mkdir(parents=True)
+    Path(path).touch()
+    _, last = plan.runs(quick=False)
+    assert f"--max_steps={plan.STEPS} " in f"{base} " and f"--init_from={path}" in last
+    assert f"--max_steps={plan.STEPS - plan.BASE_STEP} " in f"{last} " and "--seed=131 " in last
+    long = config.load(train.Config, [str(plan.ROOT / name) for name in plan.FILES])
+    rate = [float(flag.split("=")[1]) for flag in plan.FROM_BASE if "--lr=" in flag]
+    assert rate == pytest.approx([long.lr * train.lr_factor(long, plan.BASE_STEP)], rel=1e-2)
+
+
+def test_a_report_of_one_seed(monkeypatch, tmp_path):
+    """Without the scores of NER it once ended in a traceback."""
+    runs = lines("runs.csv", corpus="books", seed="1")
+    with open(tmp_path / "runs.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, runs[0])
+        writer.writeheader()
+        writer.writerows(runs)
+    monkeypatch.setattr(tables, "FOLDER", tmp_path)
+    assert "| not measured |" in tables.questions_table()
