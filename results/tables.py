@@ -577,18 +577,19 @@ def questions_table():
     columns = [*to_vanilla(*doses), ("half", BASELINE), ("share-50", "half")]
     pairs = str(len(paired("books", "share-50", LOSS[1])[0]))
 
-    def effect(measure, form, corpus="books", columns=columns):
-        arm, base = ("share-50", BASELINE) if corpus == "books" else columns[-1]
-        cell = compared(corpus, columns, measure, form)[columns.index((arm, base))]
+    def effect(measure, form, columns=columns, pair=("share-50", BASELINE)):
+        cell = compared("books", columns, measure, form)[columns.index(pair)]
         mean, _, interval = cell.removesuffix(")").partition(" (")
-        return mean, interval, str(len(paired(corpus, arm, measure, base)[0]))
+        return mean, interval, str(len(paired("books", pair[0], measure, pair[1])[0]))
 
     if not runs("books", "share-50"):
         return markdown([["question"]])
     accuracy = {label: measure for label, measure, _ in ACCURACIES}
     sooner = speedup_table("books", ["share-50"]).splitlines()[-1].split("|")
-    new, every = ((gain, interval, str(len(seeds.split(",")))) for gain, interval, seeds in (
-        estimate("share-50", BASELINE, seeds) or (MISSING, "", "") for seeds in (plan.AGAIN, ALL_SEEDS)))
+    new, every, *of_meta = ((gain, interval, str(len(seeds.split(",")))) for gain, interval, seeds in (
+        estimate(*pair, seeds) or (MISSING, "", "") for *pair, seeds in (
+            ("share-50", BASELINE, plan.AGAIN), ("share-50", BASELINE, ALL_SEEDS),
+            ("meta-50", "meta-word", plan.META_SEEDS), ("meta-word", "meta-0", plan.META_SEEDS))))
     heads = effect(heads_that_rise_and_fall, ".0f")
     return markdown([
         ["question", "50% episodes - vanilla", "effect", "95% interval", "pairs", "verdict"],
@@ -603,9 +604,11 @@ def questions_table():
         ["More F1 on NER?", "zero-shot, full fine-tuning on few sentences; confirmation", *new,
          "yes, in one of eight settings"],
         ["", "the same, estimate from all seeds and draws", *every, "a partial confirmation"],
-        ["Is that *meta*-learning?", "at the mask: episodes - masked word, a sixth of the length",
-         *effect(accuracy["accuracy on held-out words, at the mask"], ".3f", "found", CONTROL),
-         "not at the mask: masked words do as well, for less loss; of F1 open ([planned](hypotheses.md))"],
+        ["Is that *meta*-learning?", "accuracy at the mask, 50% episodes - masked word",
+         *effect(accuracy["accuracy on held-out words, at the mask"], ".3f", META_PAIRS, META_PAIRS[-1]),
+         "not at the mask: masked words do as well, for less loss"],
+        ["", "F1 as above, 50% episodes - masked word", *of_meta[0], "not decided"],
+        ["", "F1 as above, masked word - vanilla", *of_meta[1], "not decided"],
         ["Do rank and entropy rise, then fall?", "heads whose entropy does, %", *heads,
          "a minority of heads; rank never"],
     ], right=False)
