@@ -207,21 +207,25 @@ def test_what_was_gained_again_is_that_of_the_raw_scores():
 
 
 def test_the_mixed_curve_and_its_false_speedup(monkeypatch):
-    """Half the micro-steps are episodes, of a loss that is two nats lower. Bug: compared at the last loss of
-    the arm, where vanilla training never was, the curve had no ratio."""
+    """Half the micro-steps are episodes, of a loss that is two nats lower."""
     vanilla = [{"step": step, "lr": 1.0, "train/loss": 8 - 0.04 * step} for step in range(101)]
     arm = [line | {"share/episodes": 0.5, "meta/query_loss": line["train/loss"] - 2} for line in vanilla]
     arms = {"arm": [{"seed": 1, "log": arm}], "share-0": [{"seed": 1, "log": vanilla}]}
     steps, losses = tables.training_curve(arms["arm"][0], True)
     assert losses == pytest.approx(7 - 0.04 * (steps - 2)) and len(steps) == 97
     monkeypatch.setattr(tables, "runs", lambda corpus, name: arms[name])
-    cells = tables.mixed_table("books", [("arm", "share-0")]).splitlines()[-1].split("|")
+    def cells():
+        table = tables.mixed_table("books", [("arm", "share-0")]).splitlines()
+        return [[cell.strip() for cell in line.split("|")[3:-1]] for line in table[2:]]
+
+    # A running mean over five lines ends at the loss of line 98; the mixed curve is a nat, 25 lines, ahead.
+    text, mixed = cells()
+    assert text == ["4.080 (4.080)"] + 5 * ["1.00 (1.00)"]
+    assert (mixed[0], *mixed[-2:]) == ("3.080 (4.080)", f"{80 / 55:.2f} ({80 / 55:.2f})", "1.33 (1.33)")
     arms["arm"][0]["log"] = [line | {"step": 2 * line["step"]} for line in arm]  # twice as many
-    halved = tables.mixed_table("books", [("arm", "share-0")]).splitlines()[-1].split("|")
-    assert [halved[4].strip(), halved[7].strip()] == ["0.50 (1.00)", "0.67 (1.33)"]
-    # A running mean over five lines ends at the loss of line 98; the mixed curve is a nat lower.
-    assert [cell.strip() for cell in cells[2:-1]] == ["4.080", "4.080", "1.00 (1.00)",
-                                                      "3.080", "4.080", "1.33 (1.33)"]
+    assert cells()[0][1:] == 5 * ["0.50 (1.00)"] and cells()[1][-1] == "0.67 (1.33)"
+    arms["arm"][0]["log"] = [line | {"train/loss": 9.0} for line in arm]
+    assert cells()[0][1:] == 5 * ["not reached"]
 
 
 def test_a_pause_of_a_rise_is_no_compression():
