@@ -631,7 +631,7 @@ def questions_table():
          *effect(accuracy["accuracy on held-out words, before the word"], ".3f"),
          "no: vanilla training adapts slightly better there"],
         ["More F1 on NER?", "zero-shot, full fine-tuning on few sentences; new seeds", *new,
-         "open: less with each new seed"],
+         "open: less in each new trial"],
         ["", "the same, all seeds and draws", *every, "open; the first four seeds suggested this setting"],
         ["Is that *meta*-learning?", "accuracy at the mask, 50% episodes - masked word",
          *effect(accuracy["accuracy on held-out words, at the mask"], ".3f", META_PAIRS, META_PAIRS[-1]),
