@@ -234,7 +234,7 @@ META_SEEDS = range(21, 27)
 META = {"0": VANILLA, "50": DOSES["share-50"], "weight0": [HALF, "--meta_weight=0"],
         "word": [HALF, "--masked_word=query", "--meta_weight=0.1"]}
 # hypotheses.md, 2: the last fifth of a run anew, from the checkpoint of "base" at 80%
-BASE_STEP = 4 * STEPS // 5 // 2 * 2
+BASE_STEP = 4 * STEPS // 5 // 2 * 2  # even, since checkpoints are made at half of it too
 BASE = [*VANILLA, f"--checkpoint_every={BASE_STEP // 2}", f"--keep_every={BASE_STEP}", "--probe_every=0"]
 FROM_BASE = ["--lr=4.18e-4", "--warmup_steps=20", "--meta_start=0"]  # the rate that a run has at 80%
 TWO_STEPS = [QUARTER, "--inner_steps=2"]

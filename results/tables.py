@@ -188,9 +188,7 @@ def at_rates(key, *rates):
 def ner(mode, shots, tests, train=plan.ENGLISH, draws=None, key="f1"):
     """The mean F1, or that of another `key`, in percent, over numbers of sentences, treebanks and draws.
 
-    It is nan if any was not scored.
-
-    Without given `draws` it takes those that all arms have.
+    It is nan if any was not scored. Without given `draws` it takes those that all arms have.
     """
     def common(n):
         return range(1, 1 + min(row.draws for row in plan.FINE_TUNING
@@ -612,7 +610,7 @@ def questions_table():
     if not runs("books", "share-50"):
         return markdown([["question"]])
     accuracy = {label: measure for label, measure, _ in ACCURACIES}
-    sooner = speedup_table("books", ["share-50"]).splitlines()[-1].split("|")
+    times = speedup_table("books", ["share-50"]).splitlines()[-1].split("|")
     new, every, *of_meta = ((gain, interval, str(len(seeds.split(",")))) for gain, interval, seeds in (
         estimate(gains) or (MISSING, "", "") for gains in (
             new_seeds(), zero_shot_gains("share-50", BASELINE, ALL_SEEDS) | new_seeds(),
@@ -621,7 +619,7 @@ def questions_table():
     return markdown([
         ["question", "50% episodes - vanilla", "effect", "95% interval", "pairs", "verdict"],
         ["Lower loss of text?", "nats", *effect(LOSS[1], ".3f"), "no: it costs, and in every domain"],
-        ["The same loss sooner?", "vanilla's FLOPs / its own", sooner[3].strip(), sooner[4].strip(), pairs,
+        ["The same loss sooner?", "vanilla's FLOPs / its own", times[3].strip(), times[4].strip(), pairs,
          "no: later; as published, a curve mixed with query losses looks 1.4 to 2.0 times as fast"],
         ["Better adaptation?", "accuracy at the better read-out, words never used as a class",
          *effect(better("new_"), ".3f"), "no"],
