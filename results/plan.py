@@ -244,7 +244,7 @@ LAST = {"lm": VANILLA, "head": TWO_STEPS,
 CHOOSING, LAST_SEEDS = 31, (32, 33, 34)  # the first chooses a rate
 CHOSEN = ("lm", "head")  # and all of the rate chosen, when it is known
 # hypotheses.md, 3
-RULE, RULE_SEEDS = [*PUBLISHED, "--published_episodes=32", "--probe_every=0"], (41, 42, 43)
+RULE, RULE_SEEDS = [*PUBLISHED, "--batch_size=16", "--published_episodes=16", "--probe_every=0"], (41, 42, 43)
 RUNS = [  # corpus, arm, flags, seeds
     *[("books", arm, DOSES[arm], (*SEEDS, 4, *AGAIN)) for arm in ("share-0", "share-50")],
     ("books", "share-10", DOSES["share-10"], (*SEEDS, 4)),
