@@ -375,3 +375,13 @@ def test_runs_outlast_their_warm_up():
     flags = [*plan.RULE, "--inner_lr=0.01"]
     warm_up = next(int(flag.split("=")[1]) for flag in flags if flag.startswith("--warmup_steps="))
     assert plan.updates(flags, plan.STEPS) > 2 * warm_up
+
+
+def test_an_estimate_of_two_seeds_says_that_it_is_over_draws():
+    """Of three, its interval is that of random effects with two degrees of freedom."""
+    gains = {(seed, draw): seed + 0.1 * draw * (-1) ** (seed + draw) for seed in (1, 2, 3) for draw in (1, 2)}
+    mean, error = tables.random_effects(gains)
+    ends = f"{mean - 4.3027 * error:.1f} to {mean + 4.3027 * error:.1f}"
+    assert tables.estimate(gains) == [f"{mean:+.1f}", ends, "1, 2, 3"] and error > 0.1
+    two = {pair: gain for pair, gain in gains.items() if pair[0] < 3}
+    assert tables.estimate(two)[1].endswith(", over draws") and tables.estimate({}) == []
