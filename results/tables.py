@@ -28,7 +28,8 @@ from nanomaml.stats import markdown, mean_std, reach, speedup  # noqa: E402
 BASELINE = "share-0"
 NAMES = {"share-0": "vanilla", "share-5": "5%", "share-10": "10%", "share-25": "25%", "share-50": "50%",
          "late": "late, light", "half": "half as long", "batch": "from the batch", "meta-0": "vanilla",
-         "meta-50": "50%", "meta-weight0": "50% at weight 0", "meta-word": "masked word"}
+         "meta-50": "50%", "meta-weight0": "50% at weight 0", "meta-word": "masked word",
+         **{f"last-{arm}": arm.replace("-", " at ") for arm in plan.LAST}, "last-lm": "LM alone"}
 MISSING, NOT_RUN = "not measured", "*Not run yet.*"
 FOLDER = Path(__file__).parent  # main may set another
 
@@ -370,17 +371,59 @@ META_PAIRS = [("meta-50", "meta-0"), ("meta-weight0", "meta-0"), ("meta-word", "
               ("meta-50", "meta-word")]
 
 
-def meta_ner_table():
+LAST_PAIRS = [(f"last-{arm}", f"last-{base}") for base, arm in itertools.combinations(plan.CHOSEN, 2)]
+
+
+def gains_table(pairs, seeds):
     """Gains in zero-shot F1 with their intervals, and without: by number of sentences, precision, recall."""
     rows = [["", "F1", *(f"{n} sentences" for n in plan.FEW), "precision", "recall", "da, hr, pt, sk",
              "seeds"]]
     cuts = [*(((n,), "f1") for n in plan.FEW), *((plan.FEW, key) for key in ("precision", "recall")),
             (plan.FEW, "f1", "of these da, hr, pt, sk")]
-    for pair in META_PAIRS:
-        if cells := estimate(zero_shot_gains(*pair, plan.META_SEEDS)):
-            parts = [estimate(zero_shot_gains(*pair, plan.META_SEEDS, *cut))[0] for cut in cuts]
+    for pair in pairs:
+        if cells := estimate(zero_shot_gains(*pair, seeds)):
+            parts = [estimate(zero_shot_gains(*pair, seeds, *cut))[0] for cut in cuts]
             rows.append([" - ".join(map(named, pair)), f"{cells[0]} ({cells[1]})", *parts, cells[2]])
     return markdown(rows)
+
+
+def when_all_adapt(steps, rate, key):
+    """What adapt_all.py measured of a run: words that were never a class, told apart at the mask."""
+    def measure(run):
+        others = {other["seed"]: other for other in runs(f"all-{steps}-{rate}", run["arm"])}
+        other = others.get(run["seed"])
+        return last(f"final/mask_new_query_{key}")(other) if other else math.nan
+
+    return measure
+
+
+def choice_table():
+    """Of the seed that chooses: accuracy (query loss) at each number of steps and rate of the backbone."""
+    rows = [["accuracy (query loss)", *(f"{steps} steps at {rate}" for steps, rate in plan.ADAPT_ALL)]]
+    for arm in plan.LAST:
+        for run in (run for run in runs("books", f"last-{arm}") if run["seed"] == plan.CHOOSING):
+            values = [[when_all_adapt(*setting, key)(run) for key in ("acc", "loss")]
+                      for setting in plan.ADAPT_ALL]
+            rows.append([named(run["arm"]), *map("{0[0]:.3f} ({0[1]:.3f})".format, values)])
+    return markdown(rows)
+
+
+def last_table():
+    """Differences of the last fifths, of the seeds that did not choose a rate.
+
+    All parameters adapt at the rate that was best for LM alone in the seed that chose.
+    """
+    def of_others(measure):
+        return lambda run: math.nan if run["seed"] == plan.CHOOSING else measure(run)
+
+    measures = [LOSS, *ACCURACIES]
+    for lm_alone in (run for run in runs("books", "last-lm") if run["seed"] == plan.CHOOSING):
+        for steps, settings in itertools.groupby(plan.ADAPT_ALL, key=lambda setting: setting[0]):
+            best = min(settings, key=lambda setting: when_all_adapt(*setting, "loss")(lm_alone))
+            label = f"the same after {steps} steps of all parameters, the backbone at {best[1]}"
+            measures.append((label, when_all_adapt(*best, "acc"), ".3f"))
+    return differences_table("books", LAST_PAIRS, [(label, of_others(measure), form)
+                                                   for label, measure, form in measures])
 
 
 def ner_table(corpus, columns, rows):
@@ -666,7 +709,10 @@ def tables():
         "found": found_table(),
         "control": differences_table("found", CONTROL, [LOSS, *ACCURACIES]),
         "meta": differences_table("books", META_PAIRS, [LOSS, *ACCURACIES]),
-        "meta-ner": meta_ner_table(),
+        "meta-ner": gains_table(META_PAIRS, plan.META_SEEDS),
+        "choice": choice_table(),
+        "last": last_table(),
+        "last-ner": gains_table(LAST_PAIRS, plan.LAST_SEEDS),
         "ner": ner_table("books", ner_columns, ner_summary()),
         "ner-again": again_table(),
         "ner-estimates": estimates_table(),

@@ -385,3 +385,24 @@ def test_an_estimate_of_two_seeds_says_that_it_is_over_draws():
     assert tables.estimate(gains) == [f"{mean:+.1f}", ends, "1, 2, 3"] and error > 0.1
     two = {pair: gain for pair, gain in gains.items() if pair[0] < 3}
     assert tables.estimate(two)[1].endswith(", over draws") and tables.estimate({}) == []
+
+
+def test_whole_models_are_compared_on_seeds_that_chose_nothing(monkeypatch):
+    """All parameters adapt at the rate that is best for LM alone in the seed that chooses."""
+    found, query = {}, "final/mask_new_query"
+    for arm, seed, loss, gain in (("lm", 31, 9.0, 0), ("head", 31, 9.9, 1), ("lm", 32, 4.0, 0),
+                                  ("head", 32, 4.1, 0.25), ("lm", 33, 4.2, 0), ("head", 33, 4.4, 0.75)):
+        names = {"val/loss": loss, **dict.fromkeys(tables.KEYS.values(), 0.5)}
+        run = {"seed": seed, "arm": f"last-{arm}"}
+        found.setdefault(("books", run["arm"]), []).append(run | {"log": [names]})
+        for steps, rate in plan.ADAPT_ALL:
+            loss = abs(rate - (0.03 if arm == "lm" else 0.1)) + 1
+            names = {f"{query}_acc": rate + gain * 10 / steps, f"{query}_loss": loss}
+            found.setdefault((f"all-{steps}-{rate}", run["arm"]), []).append(run | {"log": [names]})
+    monkeypatch.setattr(tables, "runs", lambda *of: found.get(of, []))
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables.last_table().splitlines()]
+    assert rows[0] == ["", "head - LM alone"] and rows[2][1] == "+0.150 (-0.485 to 0.785)"  # t = 12.7
+    assert [row[0].endswith("of all parameters, the backbone at 0.03") for row in rows[-2:]] == [True, True]
+    assert [row[1].split()[0] for row in rows[-2:]] == ["+2.500", "+0.500"]
+    choice = tables.choice_table().splitlines()[2:]
+    assert [line.split("|")[2].strip() for line in choice] == ["0.010 (1.020)", "5.010 (1.090)"]
