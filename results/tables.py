@@ -215,6 +215,9 @@ READ = [("updates", lambda run: run["log"][-1]["step"], ".0f"),
         ("tokens read as text, millions", lambda run: run["log"][-1]["tokens"] / 1e6, ".2f")]
 QUERIES = [("query loss in training, nats", of_training("meta/query_loss"), ".3f"),
            ("query accuracy in training", of_training("meta/query_acc"), ".3f")]
+# Of the published rule, by which nine queries in ten are of class 0.
+OTHERS = [("accuracy in training on queries of other classes than 0",
+           lambda run: of_training("meta/others_right")(run) / of_training("meta/others")(run), ".3f")]
 PROBES = [("effective rank of the residual stream", last_probe("rank/resid"), ".1f"),
           *[(f"effective rank of {name}", last_probe(f"rank/{name}"), ".1f")
             for name in ("v_proj", "o_proj", "down_proj")],
@@ -691,8 +694,9 @@ def tables():
     scarce = [*losses, *adaptation]
     doses = [*(arm for arm in plan.DOSES if arm != BASELINE), "late", "batch"]
     published = ("published-vanilla", "published-0.001", "published-0.01")
+    rule = ("rule-vanilla", "rule-0.001", "rule-0.01")
     mixed = [*to_vanilla("share-10", "share-50"), *((arm, published[0]) for arm in published[1:]),
-             *((f"rule-{rate}", "rule-vanilla") for rate in (0.001, 0.01))]
+             *((arm, rule[0]) for arm in rule[1:])]
     at_best_rate = [(label, at_rates(key, *plan.RATES), ".3f") for label, key in KEYS.items()]
     to_half = [("half", BASELINE), ("share-50", "half")]
     ner_columns = [*to_vanilla(*ARMS), *to_half]
@@ -706,6 +710,7 @@ def tables():
         "speedup": speedup_table("books", ARMS),
         "mixed": mixed_table("books", mixed),
         "published": values_table("books", [BASELINE, *published], [LOSS, *QUERIES, *at_best_rate, *PROBES]),
+        "rule": values_table("books", rule, [LOSS, *QUERIES, *OTHERS, *ACCURACIES]),
         "found": found_table(),
         "control": differences_table("found", CONTROL, [LOSS, *ACCURACIES]),
         "meta": differences_table("books", META_PAIRS, [LOSS, *ACCURACIES]),
