@@ -232,7 +232,8 @@ LATE = [TENTH, "--meta_start=1221", "--meta_weight=0.1"]  # by the search the ch
 # hypotheses.md, 1
 META_SEEDS = range(21, 27)
 META = {"0": VANILLA, "50": DOSES["share-50"], "weight0": [HALF, "--meta_weight=0"],
-        "word": [HALF, "--masked_word=query", "--meta_weight=0.1"]}
+        "word": [HALF, "--masked_word=query", "--meta_weight=0.1"],
+        "word-0.5": [HALF, "--masked_word=query", "--meta_weight=0.5"]}  # added later: three seeds
 # hypotheses.md, 2: the last fifth of a run anew, from the checkpoint of "base" at 80%
 BASE_STEP = 4 * STEPS // 5 // 2 * 2  # even, since checkpoints are made at half of it too
 BASE = [*VANILLA, f"--checkpoint_every={BASE_STEP // 2}", f"--keep_every={BASE_STEP}", "--probe_every=0"]
@@ -255,7 +256,8 @@ RUNS = [  # corpus, arm, flags, seeds
     ("books", "published-0.001", [*PUBLISHED, "--inner_lr=0.001"], SEEDS[:1]),
     ("books", "published-0.01", [*PUBLISHED, "--inner_lr=0.01"], SEEDS[:1]),
     ("books", "published-vanilla", [*VANILLA, "--warmup_steps=1018"], SEEDS[:1]),
-    *[("books", f"meta-{arm}", [*flags, "--probe_every=0"], META_SEEDS) for arm, flags in META.items()],
+    *[("books", f"meta-{arm}", [*flags, "--probe_every=0"], META_SEEDS[:3 if arm == "word-0.5" else 6])
+      for arm, flags in META.items()],
     ("books", "base", BASE, (CHOOSING, *LAST_SEEDS)),
     *[("books", f"last-{arm}", flags, (CHOOSING, *(LAST_SEEDS if arm in CHOSEN else ())))
       for arm, flags in LAST.items()],
