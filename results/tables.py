@@ -382,9 +382,9 @@ LAST_PAIRS = [(f"last-{arm}", f"last-{base}") for base, arm in itertools.combina
 def gains_table(pairs, seeds):
     """Gains in zero-shot F1 with their intervals, and without: by number of sentences, precision, recall."""
     rows = [["", "F1", *(f"{n} sentences" for n in plan.FEW), "precision", "recall", "da, hr, pt, sk",
-             "seeds"]]
+             "(English)", "seeds"]]
     cuts = [*(((n,), "f1") for n in plan.FEW), *((plan.FEW, key) for key in ("precision", "recall")),
-            (plan.FEW, "f1", "of these da, hr, pt, sk")]
+            *((plan.FEW, "f1", group) for group in ("of these da, hr, pt, sk", "English"))]
     for pair in pairs:
         if cells := estimate(zero_shot_gains(*pair, seeds)):
             parts = [estimate(zero_shot_gains(*pair, seeds, *cut))[0] for cut in cuts]
