@@ -64,7 +64,7 @@ def compared(corpus, columns, measure, form, has_interval=True):
     for gains in found:
         is_known = freedom and len(gains)
         half = stats.t.isf(0.025, freedom) * spread * math.sqrt(2 / len(gains)) if is_known else 0
-        ends = " to ".join(format(gains.mean() + sign * half, form) for sign in (-1, 1)) if half else ""
+        ends = interval(gains.mean(), half, form) if half else ""
         cells.append(MISSING if not len(gains) else format(gains.mean(), "+" + form)
                      + f" ({ends if ends and has_interval else count(gains)})")
     return cells
@@ -84,6 +84,13 @@ def residual(corpus, arms, measure):
         return math.nan, 0
     left = y - X @ np.linalg.lstsq(X, y, rcond=None)[0]
     return math.sqrt((left ** 2).sum() / freedom), freedom
+
+
+def interval(mean, half, form):
+    """The ends of mean ± half; of one that would be 0.0, its first other digit."""
+    ends = (mean - half, mean + half)
+    return " to ".join(text if float(text := format(end, form)) else
+                       np.format_float_positional(end, 1, fractional=False) for end in ends)
 
 
 def count(pairs):
@@ -344,7 +351,7 @@ def estimate(gains):
         of_draw = [np.mean([gain for (_, d), gain in gains.items() if d == draw]) for draw in draws]
         mean, note = np.mean(of_draw), ", over draws"
         half = stats.t.isf(0.025, len(draws) - 1) * stats.sem(of_draw) if len(draws) > 1 else math.nan
-    return [f"{mean:+.1f}", f"{mean - half:.1f} to {mean + half:.1f}{note}", ", ".join(map(str, used))]
+    return [f"{mean:+.1f}", interval(mean, half, ".1f") + note, ", ".join(map(str, used))]
 
 
 ALL_SEEDS = range(1, 7)  # of share-0 and share-50
@@ -652,14 +659,14 @@ def questions_table():
 
     def effect(measure, form, columns=columns, pair=("share-50", BASELINE)):
         cell = compared("books", columns, measure, form)[columns.index(pair)]
-        mean, _, interval = cell.removesuffix(")").partition(" (")
-        return mean, interval, str(len(paired("books", pair[0], measure, pair[1])[0]))
+        mean, _, ends = cell.removesuffix(")").partition(" (")
+        return mean, ends, str(len(paired("books", pair[0], measure, pair[1])[0]))
 
     if not runs("books", "share-50"):
         return markdown([["question"]])
     accuracy = {label: measure for label, measure, _ in ACCURACIES}
     times = speedup_table("books", ["share-50"]).splitlines()[-1].split("|")
-    new, every, *of_meta = ((gain, interval, str(len(seeds.split(",")))) for gain, interval, seeds in (
+    new, every, *of_meta = ((gain, ends, str(len(seeds.split(",")))) for gain, ends, seeds in (
         estimate(gains) or (MISSING, "", "") for gains in (
             new_seeds(), zero_shot_gains("share-50", BASELINE, ALL_SEEDS) | new_seeds(),
             *(zero_shot_gains(*pair, plan.META_SEEDS) for pair in (to_word, ("meta-word", "meta-0"))))))
@@ -684,9 +691,9 @@ def questions_table():
          *effect(accuracy["accuracy on held-out words, at the mask"], ".3f", META_PAIRS, to_word),
          "not at the mask: masked words do as well, for less loss"],
         ["", "F1 as above, 50% episodes - masked word", *of_meta[0],
-         "just not decided, by the rule set before: the interval includes 0"],
+         "undecided, by the rule set beforehand: the interval barely includes 0"],
         ["", "F1 as above, masked word - vanilla", *of_meta[1],
-         "no: so the gain is hardly one of masked words"],
+         "none seen, so the gain is not called one of masked words"],
         ["Do rank and entropy rise, then fall?", "heads whose entropy does, %", *heads,
          "a minority of heads; rank never ends below its peak"],
     ], right=False)

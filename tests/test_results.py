@@ -406,3 +406,9 @@ def test_whole_models_are_compared_on_seeds_that_chose_nothing(monkeypatch):
     assert [row[1].split()[0] for row in rows[-2:]] == ["+2.500", "+0.500"]
     choice = tables.choice_table().splitlines()[2:]
     assert [line.split("|")[2].strip() for line in choice] == ["0.010 (1.020)", "5.010 (1.090)"]
+
+
+def test_an_interval_shows_on_which_side_of_0_it_ends():
+    """Bug: "-0.0 to 1.9", where the rule set before a run asks whether the interval has 0 in it."""
+    assert tables.interval(0.93, 0.95, ".1f") == "-0.02 to 1.9"
+    assert tables.interval(-1.0, 0.997, ".1f") == "-2.0 to -0.003"
