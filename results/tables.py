@@ -90,7 +90,7 @@ def interval(mean, half, form):
     """The ends of mean ± half; of one that would be 0.0, its first other digit."""
     ends = (mean - half, mean + half)
     return " to ".join(text if float(text := format(end, form)) else
-                       np.format_float_positional(end, 1, fractional=False) for end in ends)
+                       np.format_float_positional(end, 1, fractional=False, trim="-") for end in ends)
 
 
 def count(pairs):
@@ -381,8 +381,6 @@ def estimates_table():
 
 META_PAIRS = [*((f"meta-{arm}", "meta-0") for arm in ("50", "weight0", "word-0.5", "word")),
               *(("meta-50", f"meta-{arm}") for arm in ("word-0.5", "word"))]
-
-
 LAST_PAIRS = [(f"last-{arm}", f"last-{base}") for base, arm in itertools.combinations(plan.CHOSEN, 2)]
 
 

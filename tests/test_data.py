@@ -244,7 +244,10 @@ def test_no_target_of_an_episode_is_a_fragment(tmp_path, monkeypatch, script):
         assert unicodedata.category(after[0])[0] not in "LM", f"{target!r} before {after[:9]!r}"
 
 
-@pytest.mark.parametrize("letters", ["在图书馆学校天气今很好我们去公园的非常热闹", "กขคงจชซดตทนบปพมยรลัิี"])
+@pytest.mark.parametrize("letters", [
+    "在图书馆学校天气今很好我们去公园的非常热闹",
+    "กขคงจชซดตทนบปพมยรลัิี",
+])
 def test_text_without_spaces_is_refused_and_gives_single_tokens_where_asked_to(tmp_path, letters):
     rng = random.Random(0)
     text = " ".join("".join(rng.choices(letters, k=rng.randint(20, 50))) for _ in range(1500))

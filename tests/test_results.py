@@ -412,3 +412,32 @@ def test_an_interval_shows_on_which_side_of_0_it_ends():
     """Bug: "-0.0 to 1.9", where the rule set before a run asks whether the interval has 0 in it."""
     assert tables.interval(0.93, 0.95, ".1f") == "-0.02 to 1.9"
     assert tables.interval(-1.0, 0.997, ".1f") == "-2.0 to -0.003"
+    assert tables.interval(0.5, 0.5, ".1f") == "0 to 1.0"
+
+
+def test_each_column_of_gains_is_that_of_the_raw_scores():
+    """All seeds have all draws, so the estimate is the plain mean: from ner.csv.gz without tables.py."""
+    scored = [line for line in lines("ner.csv.gz", corpus="books", mode="full", train="en_ewt:dev")
+              if line["arm"] in ("meta-50", "meta-word")]
+
+    def gain(key, sizes, tests):
+        means = [np.mean([100 * float(line[key]) for line in scored if line["arm"] == arm
+                          and line["shots"] in sizes and line["test"] in tests])
+                 for arm in ("meta-50", "meta-word")]
+        return f"{means[0] - means[1]:+.1f}"
+
+    few, larger = ("8", "32", "128"), ("da_ddt", "hr_set", "pt_bosque", "sk_snk")
+    zero_shot = (*larger, "ceb_gja", "tl_trg")
+    wanted = [gain(*cut) for cut in (
+        *(("f1", n, zero_shot) for n in (few, *zip(few))), ("precision", few, zero_shot),
+        ("recall", few, zero_shot), ("f1", few, larger), ("f1", few, ("en_ewt", "en_pud")))]
+    table = tables.gains_table([("meta-50", "meta-word")], plan.META_SEEDS)
+    cells = [cell.split()[0] for cell in table.splitlines()[2].split("|")[2:-2]]
+    assert cells == wanted and len(scored) == 2 * 6 * 8 * 3 * 8  # arms, seeds, draws, sizes, treebanks
+
+
+def test_queries_of_other_classes_are_counted_among_themselves():
+    """Not among all queries, nine in ten of which are of class 0."""
+    log = [{"step": i, "meta/others": 0.1, "meta/others_right": 0.02} for i in range(20)]
+    [(_, measure, _)] = tables.OTHERS
+    assert measure({"log": log}) == pytest.approx(0.2) and math.isnan(measure({"log": []}))
