@@ -31,7 +31,7 @@ def styled_runs(groups):
 def legend(ax, styles):
     """A legend of {label: how its line is drawn} under a panel, where it hides no curve."""
     handles = [ax.plot([], [], label=label, **style)[0] for label, style in styles.items()]
-    ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=2, borderaxespad=0)
+    ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, borderaxespad=4)
 
 
 def y_limits(curves):

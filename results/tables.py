@@ -569,7 +569,8 @@ def dose_panel(ax, title, lines):
     """
     for label, measure, style in lines:
         points = [(int(arm.removeprefix("share-")), y) for arm in plan.DOSES
-                  for y in map(measure, runs("books", arm)) if not math.isnan(y)]
+                  for name in (arm, arm.replace("share", "meta"))  # the same, with seeds 21 to 26
+                  for y in map(measure, runs("books", name)) if not math.isnan(y)]
         shares = sorted({share for share, _ in points})
         means = [np.mean([y for x, y in points if x == share]) for share in shares]
         ax.plot(shares, means, label=label, **style)

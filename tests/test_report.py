@@ -404,6 +404,17 @@ def test_the_figure_has_the_panels_there_are_data_for(tmp_path, options, shown):
     assert drawing.y_limits([(STEPS, 2.0 * (STEPS < 90) + (STEPS > 900))]) == pytest.approx((-0.05, 1.05))
 
 
+def test_labels_are_whole_and_no_legend_lies_on_them(tmp_path):
+    """Bug: "nats" was cut off at the edge of the figure, and legends lay on the names of the x axes."""
+    groups = two_groups(tmp_path, speed=[1.5, 1.0], layers=4, episodes=True)
+    fig = drawing.figure(groups, ["a", "b"])
+    fig.savefig(tmp_path / "a.png")
+    for ax in fig.axes:
+        assert not ax.get_ylabel() or ax.yaxis.label.get_window_extent().x0 >= 0
+        if legend := ax.get_legend():
+            assert legend.get_window_extent().y1 <= ax.xaxis.label.get_window_extent().y0
+
+
 def test_the_command_writes_markdown_and_a_figure(tmp_path):
     """Of one run, as train.py calls it; of two groups; without torch: a laptop that holds the logs alone.
     Groups of one name are told apart."""
