@@ -243,7 +243,7 @@ LAST = {"lm": VANILLA, "head": TWO_STEPS,
         **{f"all-{rate}": [*TWO_STEPS, "--adapt=all", f"--backbone_lr={rate}"]
            for rate in (0.003, 0.01, 0.03)}}
 CHOOSING, LAST_SEEDS = 31, (32, 33, 34)  # the first chooses a rate
-CHOSEN = ("lm", "head")  # and all of the rate chosen, when it is known
+CHOSEN = ("lm", "head", "all-0.03")  # hypotheses.md, 2: chosen by seed 31
 # hypotheses.md, 3
 RULE, RULE_SEEDS = [*PUBLISHED, "--batch_size=16", "--published_episodes=16", "--probe_every=0"], (41, 42, 43)
 RUNS = [  # corpus, arm, flags, seeds
