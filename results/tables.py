@@ -531,11 +531,14 @@ def training_curve(run, mixed):
 def sooner(pairs, mixed, fifths):
     """How many times sooner an arm reaches a training loss, in updates (FLOPs), as a cell.
 
-    pairs: of its runs and the baseline's, whose loss is taken after so many fifths of the run.
+    pairs: of its runs and the baseline's, whose loss is taken after so many fifths of the run. "at once": a
+    run is below it at its first point.
     """
     ratios = []
     for curves in [[training_curve(run, mixed) for run in pair] for pair in pairs]:
         level = curves[1][1][fifths * len(curves[1][1]) // 5 - 1]
+        if curves[0][1][0] <= level:
+            return "at once"
         own, vanilla = (reach(losses, steps, level) for steps, losses in curves)
         ratios.append(math.log(vanilla / own))
     updates = [np.mean([run["log"][-1]["step"] for run in runs]) for runs in zip(*pairs)]

@@ -207,7 +207,10 @@ def test_what_was_gained_again_is_that_of_the_raw_scores():
 
 
 def test_the_mixed_curve_and_its_false_speedup(monkeypatch):
-    """Half the micro-steps are episodes, of a loss that is two nats lower."""
+    """Half the micro-steps are episodes, of a loss that is two nats lower.
+
+    Bug: a loss that a curve is below from its first point on was "not reached".
+    """
     vanilla = [{"step": step, "lr": 1.0, "train/loss": 8 - 0.04 * step} for step in range(101)]
     arm = [line | {"share/episodes": 0.5, "meta/query_loss": line["train/loss"] - 2} for line in vanilla]
     arms = {"arm": [{"seed": 1, "log": arm}], "share-0": [{"seed": 1, "log": vanilla}]}
@@ -226,6 +229,8 @@ def test_the_mixed_curve_and_its_false_speedup(monkeypatch):
     assert cells()[0][1:] == 5 * ["0.50 (1.00)"] and cells()[1][-1] == "0.67 (1.33)"
     arms["arm"][0]["log"] = [line | {"train/loss": 9.0} for line in arm]
     assert cells()[0][1:] == 5 * ["not reached"]
+    arms["arm"][0]["log"] = [line | {"train/loss": 6.0} for line in arm]
+    assert cells()[0][1:] == 2 * ["at once"] + 3 * ["not reached"]
 
 
 def test_a_pause_of_a_rise_is_no_compression():
